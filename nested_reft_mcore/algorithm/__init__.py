@@ -1,0 +1,1 @@
+"""The mathematics, pure torch: plans, advantages, importance ratios, objectives, diagnostics."""

@@ -1,0 +1,277 @@
+"""Every option of a run. A file holds these sections; `section.field=value` overrides one value."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.base import Section
+
+
+class ModelConfig(Section):
+    """Where the policy comes from: exactly one of `hf_path`, `checkpoint` and `architecture`."""
+
+    hf_path: str | None = None
+    """Hugging Face directory: its architecture, weights and tokenizer."""
+    checkpoint: str | None = None
+    """Checkpoint directory of `sft`, `train` or `convert`: weights and architecture, not the step."""
+    architecture: ModelArchitecture | None = None
+    """Shape of a model with fresh weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations; the optimizer keeps float32 masters."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer spec: Transformer Engine where it is installed, else the local one."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Activation recomputation, as Megatron names it."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """How `full` recomputation groups layers."""
+    recompute_num_layers: int | None = Field(default=None, gt=0)
+    """Layers in a recomputed group."""
+
+
+class ParallelConfig(Section):
+    """How the model and the batch are spread over processes."""
+
+    tensor_model_parallel_size: int = Field(default=1, gt=0)
+    """Processes that share each layer."""
+    pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    """Stages that the layers are cut into."""
+    virtual_pipeline_model_parallel_size: int | None = Field(default=None, gt=1)
+    """Chunks per stage of the interleaved schedule."""
+    data_parallel_size: int | None = Field(default=None, gt=0)
+    """Replicas; left out: as many as the launched processes make, 1 when started alone."""
+    sequence_parallel: bool = False
+    """Spread activations of the update over the tensor-parallel processes."""
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """A collective that waits longer ends the run."""
+
+
+class DataConfig(Section):
+    """Prompts with verifiable answers."""
+
+    train_path: str | None = None
+    """JSON lines to train on."""
+    eval_path: str | None = None
+    """JSON lines held out for evaluation."""
+    prompt_field: str = "prompt"
+    """Key of the question in a line."""
+    answer_field: str = "answer"
+    """Key of the expected answer in a line."""
+    demonstration_field: str = "demonstration"
+    """Key of the worked answer that `sft` learns from."""
+    tokenizer_path: str | None = None
+    """Hugging Face tokenizer directory or sentencepiece `.model` file; default: the model's own."""
+    template: Literal["none", "chat"] = "none"
+    """`chat` puts prompts through the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """First message of a chat prompt."""
+    prompt_suffix: str = ""
+    """Text added to every question."""
+    max_prompt_length: int = Field(default=1024, gt=0)
+    """Prompts with more tokens are dropped and counted."""
+    limit: int | None = Field(default=None, gt=0)
+    """Read at most this many lines of each file."""
+
+
+class NestedConfig(Section):
+    """Which layers the behavior policy skips (arXiv 2508.10123)."""
+
+    skip_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of all layers; k = round(skip_ratio * num_layers)."""
+    num_skipped: int | None = Field(default=None, ge=0)
+    """Number of layers, instead of `skip_ratio`."""
+    law: Literal["uniform", "stage_balanced"] = "stage_balanced"
+    """`uniform` is the paper's; `stage_balanced` keeps the fullest pipeline stage short."""
+    border_layers: int = Field(default=1, ge=0)
+    """Layers at either end that are never skipped."""
+    part: Literal["layer", "attention", "mlp"] = "layer"
+    """What of a layer is skipped."""
+    check_plan_across_ranks: bool = False
+    """Debug: compare a hash of every plan over all processes."""
+
+
+class RolloutConfig(Section):
+    """Generation of completions."""
+
+    prompts_per_step: int = Field(default=16, gt=0)
+    """Prompts in a step's global batch."""
+    group_size: int = Field(default=8, gt=0)
+    """Completions of each prompt."""
+    max_new_tokens: int = Field(default=256, gt=0)
+    """Longest completion."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; every log-probability of training is taken at it."""
+    top_k: int | None = Field(default=None, gt=0)
+    """Keep the k likeliest tokens; refused by `train`."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Keep the smallest set of tokens with this mass; refused by `train`."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a completion, beside the tokenizer's end of sequence."""
+    slots_per_group: int = Field(default=64, gt=0)
+    """Sequences that one pipeline micro-batch decodes together."""
+    replay: str | None = None
+    """Run directory whose dumped rollouts are used instead of generating."""
+
+
+class RewardConfig(Section):
+    """The verifiable reward."""
+
+    name: Literal["numeric_match", "math_verify"] = "numeric_match"
+    """Which reward."""
+    num_workers: int = Field(default=1, gt=0)
+    """Worker processes."""
+    deadline_seconds: float = Field(default=10.0, gt=0)
+    """A completion that takes longer to judge gets reward 0 and is counted."""
+
+
+class AlgorithmConfig(Section):
+    """Advantages, off-policy correction and objective."""
+
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    """Group-relative advantage, with (`grpo`) or without division by the group's deviation."""
+    correction: Literal["practical", "base", "retrace"] = "practical"
+    """Weight of a token: 1, w_t, or lambda * min(1, w_t)."""
+    retrace_lambda: float = Field(default=1.0, ge=0, le=1)
+    """Lambda of `retrace` (arXiv 1606.02647)."""
+    log_ratio_clamp: float = Field(default=20.0, gt=0)
+    """Log importance ratios are cut to this magnitude."""
+    objective: Literal["reinforce", "ppo_clip"] = "reinforce"
+    """Policy-gradient objective."""
+    clip_ratio_low: float = Field(default=0.2, ge=0)
+    """PPO clips the ratio below 1 - this."""
+    clip_ratio_high: float = Field(default=0.2, ge=0)
+    """PPO clips the ratio above 1 + this."""
+    bypass_mode: bool = False
+    """PPO ratio is target / behavior instead of target / old times a correction (`decoupled`)."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule, as Megatron names them."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "constant"
+    """Shape of the decay."""
+    lr_wsd_decay_steps: int | None = Field(default=None, gt=0)
+    """Length of the final linear decay of `WSD`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Global gradient norm is cut to this; 0 turns clipping off."""
+    use_distributed_optimizer: bool = False
+    """Spread optimizer state over data-parallel replicas."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters while the forward pass runs; needs the distributed optimizer."""
+
+
+class TrainConfig(Section):
+    """The loop of `nested-reft train`."""
+
+    num_steps: int = Field(default=100, ge=0)
+    """Rollout batches, one generation each."""
+    updates_per_step: int = Field(default=1, gt=0)
+    """Mini-batches that a rollout batch is split into, one optimizer step each."""
+    micro_batch_size: int = Field(default=8, gt=0)
+    """Sequences in one forward pass of the update."""
+    max_skipped_updates: int = Field(default=5, gt=0)
+    """So many non-finite updates in a row stop the run."""
+
+
+class SftConfig(Section):
+    """Supervised warm-up, `nested-reft sft`."""
+
+    num_steps: int = Field(default=100, ge=0)
+    """Updates."""
+    global_batch_size: int = Field(default=24, gt=0)
+    """Demonstrations in an update."""
+    micro_batch_size: int = Field(default=24, gt=0)
+    """Demonstrations in one forward pass."""
+    min_skipped: int = Field(default=0, ge=0)
+    """Layer dropout: fewest layers skipped in a batch."""
+    max_skipped: int = Field(default=0, ge=0)
+    """Layer dropout: most layers skipped in a batch; 0 turns it off."""
+    border_layers: int = Field(default=1, ge=0)
+    """Layers at either end that dropout keeps."""
+    log_interval: int = Field(default=10, gt=0)
+    """Updates between two metric lines."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    """Optimizer of the warm-up, apart from the reinforcement one."""
+
+
+class EvaluationConfig(Section):
+    """Full-depth evaluation on held-out prompts."""
+
+    interval: int = Field(default=10, ge=0)
+    """Steps between evaluations; 0 turns them off."""
+    before_training: bool = True
+    """Also evaluate before the first step."""
+    num_prompts: int | None = Field(default=None, gt=0)
+    """Use the first n prompts of the file."""
+    num_samples: int = Field(default=1, ge=0)
+    """Sampled completions of each prompt, beside the greedy one."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the sampled completions."""
+    top_k: int | None = Field(default=None, gt=0)
+    """Keep the k likeliest tokens of the sampled completions."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Keep the smallest set of tokens with this mass."""
+
+
+class CheckpointConfig(Section):
+    """Saving and coming back."""
+
+    interval: int = Field(default=50, ge=0)
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = Field(default=2, gt=0)
+    """Newest checkpoints that are kept."""
+    resume: str = "auto"
+    """`auto` continues the run directory's latest checkpoint if there is one; `never`; or a path."""
+    export_hf: bool = False
+    """Write a Hugging Face directory at the end of the run."""
+
+
+class LoggingConfig(Section):
+    """What a run tells while it runs."""
+
+    tensorboard: bool = True
+    """Write TensorBoard files."""
+    progress: Literal["auto", "bar", "plain", "off"] = "auto"
+    """Live display: `auto` draws a bar on a terminal and prints lines elsewhere."""
+    dump_rollouts: bool = True
+    """Write every rollout to `rollouts/`, which `rollout.replay` reads."""
+    level: Literal["debug", "info", "warning"] = "info"
+    """Least severe message that is shown."""
+
+
+class Config(Section):
+    """A run: one file for warm-up, training, evaluation and generation."""
+
+    run_dir: str
+    """Directory of everything that the run writes."""
+    seed: int = Field(default=0, ge=0)
+    """Key of every random choice: weights, data order, plans, sampling."""
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    nested: NestedConfig = NestedConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()

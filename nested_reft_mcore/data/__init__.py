@@ -1,0 +1,1 @@
+"""Prompts, templates, tokenizers and collation."""

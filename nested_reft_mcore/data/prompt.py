@@ -1,0 +1,17 @@
+"""One prompt, ready for the policy."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question with its expected answer."""
+
+    token_ids: tuple[int, ...]
+    """What the policy reads, chat template included."""
+    text: str
+    """The same, as text."""
+    answer: str | None = None
+    """What the reward compares with; absent where nothing is judged."""
+    source: str = ""
+    """Where it came from, as `file:line`."""

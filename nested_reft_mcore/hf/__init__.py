@@ -1,0 +1,1 @@
+"""Hugging Face layouts: one map per family serves both directions."""

@@ -1,0 +1,1 @@
+"""Rank discovery, local spawning, signals and exit codes."""

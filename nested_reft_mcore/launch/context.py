@@ -1,0 +1,67 @@
+"""Who this process is: what the launcher said, and the groups that Megatron-Core made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+Launcher = Literal["torchrun", "srun", "local", "single"]
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """One process as its launcher numbers it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+    launcher: Launcher
+
+
+@dataclass(frozen=True)
+class ParallelDimension:
+    """This process's place along one dimension of parallelism."""
+
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    """Global ranks of the group, in group order."""
+    group: ProcessGroup | None = None
+    """Absent where `size` is 1: there is nobody to talk to."""
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Groups, ranks and device, built once by `mcore.initialize` and handed down."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    tensor: ParallelDimension
+    pipeline: ParallelDimension
+    data: ParallelDimension
+    num_chunks: int = 1
+    """Model chunks of this process: virtual pipeline size, or 1."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process embeds tokens."""
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process computes logits."""
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes for everybody."""
+        return self.rank == 0

@@ -1,0 +1,1 @@
+"""Logging, progress, tracking and timers."""

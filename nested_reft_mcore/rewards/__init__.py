@@ -1,0 +1,1 @@
+"""Verifiable rewards, one a file, run in worker processes with a deadline."""

@@ -1,0 +1,1 @@
+"""Records of completions, sampling from vocabulary shards, and the generation engine."""

@@ -1,0 +1,1 @@
+"""The loop, the update, the supervised warm-up, evaluation, state and metrics."""
