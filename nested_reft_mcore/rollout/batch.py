@@ -1,0 +1,157 @@
+"""Rollouts as the tensors of an update, aligned with `labels` (docs/architecture.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+
+from nested_reft_mcore.rollout.types import Rollout
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Sequences to learn from; row b, place t speaks of `labels[b, t]` given `tokens[b, :t+1]`."""
+
+    tokens: Int64[Tensor, "batch seq"]
+    """Prompt and response without the last token, right-padded."""
+    labels: Int64[Tensor, "batch seq"]
+    """Prompt and response without the first token, right-padded."""
+    position_ids: Int64[Tensor, "batch seq"]
+    """0, 1, 2, ... in every row."""
+    response_mask: Bool[Tensor, "batch seq"]
+    """True where the label was sampled by the policy."""
+    behavior_logprobs: Float32[Tensor, "batch seq"]
+    """Nats, of the policy that generated; 0 outside the mask."""
+    advantages: Float32[Tensor, " batch"]
+    """One per sequence."""
+    old_logprobs: Float32[Tensor, "batch seq"] | None = None
+    """Nats, of the target policy before the step's first update."""
+    ref_logprobs: Float32[Tensor, "batch seq"] | None = None
+    """Nats, of the reference policy."""
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self.tokens.shape[0]
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Tokens that the loss counts."""
+        return int(self.response_mask.sum())
+
+    @classmethod
+    def from_rollouts(
+        cls,
+        rollouts: Sequence[Rollout],
+        advantages: Float[Tensor, " batch"],
+        pad_token_id: int,
+        pad_to_multiple: int = 1,
+        length: int | None = None,
+    ) -> TrainingBatch:
+        """Lay out `rollouts` as rows, in order.
+
+        `length` fixes `seq`; left out, it is the longest row rounded up to `pad_to_multiple`.
+        Raises ValueError for an empty batch or prompt, advantages of another number, and rows
+        that don't fit.
+        """
+        if not rollouts:
+            raise ValueError("no rollouts to make a batch of")
+        if advantages.shape != (len(rollouts),):
+            raise ValueError(f"{len(rollouts)} rollouts but advantages {tuple(advantages.shape)}")
+        if any(not rollout.prompt.token_ids for rollout in rollouts):
+            raise ValueError("a rollout has an empty prompt: its first token has no context")
+        longest = max(len(r.prompt.token_ids) + len(r.token_ids) - 1 for r in rollouts)
+        if length is None:
+            length = -(-longest // pad_to_multiple) * pad_to_multiple
+        if longest > length or length % pad_to_multiple:
+            raise ValueError(
+                f"length {length} must be a multiple of {pad_to_multiple} and at least {longest}"
+            )
+        shape = (len(rollouts), length)
+        tokens = torch.full(shape, pad_token_id, dtype=torch.int64)
+        labels = torch.full(shape, pad_token_id, dtype=torch.int64)
+        response_mask = torch.zeros(shape, dtype=torch.bool)
+        behavior_logprobs = torch.zeros(shape, dtype=torch.float32)
+        for row, rollout in enumerate(rollouts):
+            sequence = torch.tensor(rollout.prompt.token_ids + rollout.token_ids)
+            tokens[row, : len(sequence) - 1] = sequence[:-1]
+            labels[row, : len(sequence) - 1] = sequence[1:]
+            response = slice(len(rollout.prompt.token_ids) - 1, len(sequence) - 1)
+            response_mask[row, response] = True
+            behavior_logprobs[row, response] = torch.tensor(rollout.behavior_logprobs)
+        return cls(
+            tokens=tokens,
+            labels=labels,
+            position_ids=torch.arange(length).repeat(len(rollouts), 1),
+            response_mask=response_mask,
+            behavior_logprobs=behavior_logprobs,
+            advantages=advantages.detach().to("cpu", torch.float32),
+        )
+
+    def with_old_logprobs(self, old_logprobs: Float[Tensor, "batch seq"]) -> TrainingBatch:
+        """The same batch with the target policy's log-probs; ValueError for another shape."""
+        if old_logprobs.shape != self.tokens.shape:
+            raise ValueError(
+                f"old_logprobs {tuple(old_logprobs.shape)} for tokens {tuple(self.tokens.shape)}"
+            )
+        return replace(self, old_logprobs=old_logprobs.detach().float().to(self.tokens.device))
+
+    def to(self, device: torch.device | str) -> TrainingBatch:
+        """The same batch on another device."""
+        return TrainingBatch(
+            **{
+                name: None if value is None else value.to(device, non_blocking=True)
+                for name, value in self._columns().items()
+            }
+        )
+
+    def split(self, n: int) -> tuple[TrainingBatch, ...]:
+        """`n` mini-batches of whole sequences in order, their sizes at most one apart."""
+        if not 1 <= n <= len(self):
+            raise ValueError(f"cannot split {len(self)} sequences into {n} mini-batches")
+        sizes = [len(self) // n + (i < len(self) % n) for i in range(n)]
+        starts = [sum(sizes[:i]) for i in range(n)]
+        return tuple(
+            self._rows(start, start + size) for start, size in zip(starts, sizes, strict=True)
+        )
+
+    def micro_batches(self, micro_batch_size: int) -> tuple[TrainingBatch, ...]:
+        """Batches of exactly `micro_batch_size` rows, the last one filled up with masked rows.
+
+        Pipeline schedules want one shape; a row whose mask is all false counts for nothing.
+        """
+        if micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, found {micro_batch_size}")
+        padded = self._pad_rows(-len(self) % micro_batch_size)
+        return tuple(
+            padded._rows(start, start + micro_batch_size)
+            for start in range(0, len(padded), micro_batch_size)
+        )
+
+    def _columns(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def _rows(self, start: int, stop: int) -> TrainingBatch:
+        return TrainingBatch(
+            **{
+                name: None if value is None else value[start:stop]
+                for name, value in self._columns().items()
+            }
+        )
+
+    def _pad_rows(self, num_rows: int) -> TrainingBatch:
+        if num_rows == 0:
+            return self
+        columns: dict[str, Tensor | None] = {}
+        for name, value in self._columns().items():
+            if value is None:
+                columns[name] = None
+            elif name == "position_ids":
+                columns[name] = torch.cat([value, value[:1].expand(num_rows, -1)])
+            else:
+                # Token 0 exists in every vocabulary, and false and 0.0 are what masked rows hold.
+                columns[name] = torch.cat([value, value.new_zeros(num_rows, *value.shape[1:])])
+        return TrainingBatch(**columns)

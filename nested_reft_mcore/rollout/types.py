@@ -1,0 +1,150 @@
+"""What generation takes and gives: prompts, sampling parameters, completions with their record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from nested_reft_mcore.data.prompt import Prompt
+
+if TYPE_CHECKING:
+    from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+
+__all__ = [
+    "FinishReason",
+    "Prompt",
+    "Rollout",
+    "RolloutBatch",
+    "RolloutStats",
+    "SamplingParams",
+]
+
+FinishReason = Literal["stop", "length"]
+"""`stop`: the last token is a stop token; `length`: `max_new_tokens` were generated without one."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a token is chosen from the logits, and when a completion ends.
+
+    Raises ValueError where a value makes no distribution.
+    """
+
+    max_new_tokens: int
+    """Longest response, the stop token included."""
+    temperature: float = 1.0
+    """Logits are divided by it; also the temperature of the reported log-probabilities."""
+    greedy: bool = False
+    """Take the likeliest token instead of drawing; the lowest id wins a tie."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens, and any that tie with the k-th."""
+    top_p: float | None = None
+    """Keep the fewest likeliest tokens with at least this mass, and any that tie with the last."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response; the one that ended it is its last token."""
+    seed: int = 0
+    """Key of the uniform numbers, together with `step`, prompt, sample and position."""
+    step: int = 0
+    """Training step, so that each step draws afresh and a resumed run draws the same."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, found {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], found {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion with its record. Raises ValueError where tokens and log-probs don't match."""
+
+    prompt: Prompt
+    prompt_index: int
+    """Place of the prompt in the step's global batch, over all data-parallel replicas."""
+    sample_index: int
+    """Place in the prompt's group, from 0."""
+    token_ids: tuple[int, ...]
+    """The response, the stop token included."""
+    behavior_logprobs: tuple[float, ...]
+    """Nats, one per response token, of the distribution really sampled from."""
+    finish_reason: FinishReason
+    text: str = ""
+    """The response as text; empty until somebody with a tokenizer fills it in."""
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.behavior_logprobs):
+            raise ValueError(
+                f"{len(self.token_ids)} response tokens but {len(self.behavior_logprobs)} "
+                "log-probabilities"
+            )
+
+
+@dataclass(frozen=True)
+class RolloutStats:
+    """What generating a batch cost."""
+
+    generated_tokens: int
+    """Response tokens of all completions, stop tokens included."""
+    seconds: float
+    """Wall-clock time, prefill included."""
+    attention_executions: tuple[int, ...] = ()
+    """For each global layer, how many forward passes ran its attention."""
+    mlp_executions: tuple[int, ...] = ()
+    """For each global layer, how many forward passes ran its MLP."""
+    stage_of_layer: tuple[int, ...] = ()
+    """For each global layer, the pipeline rank that holds it."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second of wall-clock time; 0 where no time was taken."""
+        return self.generated_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def layer_executions(self) -> tuple[float, ...]:
+        """For each pipeline rank, layer passes that it ran; one part of a layer is half a pass."""
+        totals = [0.0] * (1 + max(self.stage_of_layer, default=-1))
+        for layer, stage in enumerate(self.stage_of_layer):
+            totals[stage] += 0.5 * (self.attention_executions[layer] + self.mlp_executions[layer])
+        return tuple(totals)
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """The completions of one step on one data-parallel replica.
+
+    Raises ValueError unless `rollouts` are whole groups, all samples of a prompt side by side.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    """Prompt by prompt; the `group_size` samples of a prompt in order."""
+    group_size: int
+    """Completions of each prompt."""
+    plan: LayerSkipPlan
+    """What the behavior policy skipped."""
+    stats: RolloutStats
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1 or len(self.rollouts) % self.group_size:
+            raise ValueError(
+                f"{len(self.rollouts)} rollouts are no whole groups of {self.group_size}"
+            )
+        for place, rollout in enumerate(self.rollouts):
+            first = self.rollouts[place - place % self.group_size]
+            if rollout.prompt_index != first.prompt_index:
+                raise ValueError(f"rollout {place} belongs to another prompt than its group")
+            if rollout.sample_index != place % self.group_size:
+                raise ValueError(f"rollout {place} is not sample {place % self.group_size}")
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of groups."""
+        return len(self.rollouts) // self.group_size
+
+    def groups(self) -> tuple[tuple[Rollout, ...], ...]:
+        """The rollouts of each prompt."""
+        size = self.group_size
+        return tuple(self.rollouts[i : i + size] for i in range(0, len(self.rollouts), size))
