@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -101,12 +101,7 @@ class TrainingBatch:
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The same batch on another device."""
-        return TrainingBatch(
-            **{
-                name: None if value is None else value.to(device, non_blocking=True)
-                for name, value in self._columns().items()
-            }
-        )
+        return self._map(lambda _, column: column.to(device, non_blocking=True))
 
     def split(self, n: int) -> tuple[TrainingBatch, ...]:
         """`n` mini-batches of whole sequences in order, their sizes at most one apart."""
@@ -131,27 +126,20 @@ class TrainingBatch:
             for start in range(0, len(padded), micro_batch_size)
         )
 
-    def _columns(self) -> dict[str, Tensor | None]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def _rows(self, start: int, stop: int) -> TrainingBatch:
-        return TrainingBatch(
-            **{
-                name: None if value is None else value[start:stop]
-                for name, value in self._columns().items()
-            }
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> TrainingBatch:
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self, **{name: change(name, col) for name, col in columns.items() if col is not None}
         )
 
+    def _rows(self, start: int, stop: int) -> TrainingBatch:
+        return self._map(lambda _, column: column[start:stop])
+
     def _pad_rows(self, num_rows: int) -> TrainingBatch:
-        if num_rows == 0:
-            return self
-        columns: dict[str, Tensor | None] = {}
-        for name, value in self._columns().items():
-            if value is None:
-                columns[name] = None
-            elif name == "position_ids":
-                columns[name] = torch.cat([value, value[:1].expand(num_rows, -1)])
-            else:
-                # Token 0 exists in every vocabulary, and false and 0.0 are what masked rows hold.
-                columns[name] = torch.cat([value, value.new_zeros(num_rows, *value.shape[1:])])
-        return TrainingBatch(**columns)
+        def pad(name: str, column: Tensor) -> Tensor:
+            if name == "position_ids":
+                return torch.cat([column, column[:1].expand(num_rows, -1)])
+            # Token 0 exists in every vocabulary; false and 0.0 are what masked places hold.
+            return torch.cat([column, column.new_zeros(num_rows, *column.shape[1:])])
+
+        return self._map(pad) if num_rows else self
