@@ -1,0 +1,85 @@
+"""Process groups: from what the launcher said to a ParallelContext."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from nested_reft_mcore.config.schema import ParallelConfig
+from nested_reft_mcore.launch.context import ParallelContext, ParallelDimension, RankInfo
+from nested_reft_mcore.mcore import cpu_backend
+
+
+def initialize_parallel(parallel: ParallelConfig, ranks: RankInfo, seed: int) -> ParallelContext:
+    """Join the other processes and build Megatron's groups.
+
+    Args:
+        parallel: Sizes; they must multiply to a divisor of `ranks.world_size`.
+        ranks: This process, as its launcher numbers it.
+        seed: Seeds Megatron's random state, which only dropout would use.
+
+    Returns:
+        The context that everything else receives.
+    """
+    cpu_backend.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.local_rank) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    elif ranks.world_size > 1:
+        # More threads than cores make processes that wait for each other spin for minutes.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if not dist.is_initialized():
+        # "env://" joins torchrun's own store where torchrun started this process.
+        os.environ.setdefault("MASTER_ADDR", ranks.master_addr)
+        os.environ.setdefault("MASTER_PORT", str(ranks.master_port))
+        dist.init_process_group(
+            backend="nccl" if has_cuda else "gloo",
+            init_method="env://" if ranks.world_size > 1 else None,
+            store=None if ranks.world_size > 1 else dist.HashStore(),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=datetime.timedelta(minutes=parallel.timeout_minutes),
+            device_id=device if has_cuda else None,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return ParallelContext(
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        local_rank=ranks.local_rank,
+        device=device,
+        tensor=_dimension(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_dimension(parallel_state.get_pipeline_model_parallel_group()),
+        data=_dimension(parallel_state.get_data_parallel_group()),
+        num_chunks=parallel.virtual_pipeline_model_parallel_size or 1,
+    )
+
+
+def shutdown() -> None:
+    """Leave every process group."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _dimension(group: dist.ProcessGroup) -> ParallelDimension:
+    size = dist.get_world_size(group)
+    return ParallelDimension(
+        rank=dist.get_rank(group),
+        size=size,
+        ranks=tuple(dist.get_process_group_ranks(group)),
+        group=group if size > 1 else None,
+    )

@@ -1,0 +1,159 @@
+"""The policy: one GPTModel (or its chunks on this process) at full depth, or nested in itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
+from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.mcore import cpu_backend
+from nested_reft_mcore.mcore.nested_layer import NestedTransformerLayer
+from nested_reft_mcore.mcore.transformer_config import block_spec, transformer_config
+
+_VOCAB_MULTIPLE = 128
+
+
+class Policy:
+    """This process's part of the model, and the switch that makes it the behavior policy.
+
+    Weights exist once: `nested(plan)` only sets flags on the layers.
+    """
+
+    def __init__(
+        self,
+        chunks: list[GPTModel],
+        config: TransformerConfig,
+        architecture: ModelArchitecture,
+        context: ParallelContext,
+    ) -> None:
+        self.chunks = chunks
+        """One GPTModel, or one for each virtual pipeline stage of this process."""
+        self.transformer_config = config
+        self.architecture = architecture
+        self.context = context
+        self.plan = LayerSkipPlan.full(architecture.num_layers)
+        """What is skipped now."""
+        self.ddp_chunks: list[Any] = []
+        """The chunks inside Megatron's DistributedDataParallel, once an optimizer is attached."""
+
+    @property
+    def modules(self) -> list[Any]:
+        """What forward passes go through: the wrapped chunks if there are any."""
+        return self.ddp_chunks or self.chunks
+
+    @property
+    def layers(self) -> list[NestedTransformerLayer]:
+        """This process's layers, of all its chunks."""
+        return [layer for chunk in self.chunks for layer in chunk.decoder.layers]
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding over all tensor-parallel ranks, padding included."""
+        return padded_vocab_size(self.architecture.vocab_size, self.context.tensor.size)
+
+    @property
+    def stage_of_layer(self) -> tuple[int, ...]:
+        """The pipeline rank that holds each global layer."""
+        return stage_of_layer(
+            self.architecture.num_layers, self.context.pipeline.size, self.context.num_chunks
+        )
+
+    @contextmanager
+    def nested(self, plan: LayerSkipPlan) -> Iterator[Policy]:
+        """The behavior policy of `plan`, as long as the context lasts.
+
+        A backward pass belongs inside the context too: recomputation reads the flags again.
+        """
+        if plan.num_layers != self.architecture.num_layers:
+            raise ValueError(
+                f"plan is for {plan.num_layers} layers, the policy has {self.architecture.num_layers}"
+            )
+        outer = self.plan
+        self._apply(plan)
+        try:
+            yield self
+        finally:
+            self._apply(outer)
+
+    def sync_parameters(self) -> None:
+        """Bring every parameter up to date.
+
+        With `overlap_param_gather` the distributed optimizer's new values otherwise arrive in the
+        hooks of the next training forward, which generation does not run through.
+        """
+        for chunk in self.ddp_chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def _apply(self, plan: LayerSkipPlan) -> None:
+        self.plan = plan
+        for layer in self.layers:
+            layer.skip_attention = plan.skips_attention(layer.global_index)
+            layer.skip_mlp = plan.skips_mlp(layer.global_index)
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Megatron's vocabulary: rounded up to a multiple of 128 for each tensor-parallel rank."""
+    multiple = _VOCAB_MULTIPLE * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def stage_of_layer(num_layers: int, pipeline_size: int, num_chunks: int) -> tuple[int, ...]:
+    """The pipeline rank of each global layer; chunk v of rank p follows chunk v of rank p - 1."""
+    per_chunk = num_layers // (pipeline_size * num_chunks)
+    return tuple((layer // per_chunk) % pipeline_size for layer in range(num_layers))
+
+
+def build_policy(
+    architecture: ModelArchitecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+) -> Policy:
+    """Build this process's part of the model. Weights are left for `mcore.weights` or a checkpoint."""
+    config = transformer_config(architecture, model, parallel)
+    num_chunks = context.num_chunks
+    chunks = []
+    for index in range(num_chunks):
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, model, index if num_chunks > 1 else None),
+            vocab_size=padded_vocab_size(architecture.vocab_size, context.tensor.size),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=context.is_first_stage and index == 0,
+            post_process=context.is_last_stage and index == num_chunks - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,
+            vp_stage=index if num_chunks > 1 else None,
+        )
+        if torch.cuda.is_available():
+            chunk.cuda(context.device)
+        _guard_passed_through_chunk(chunk)
+        chunks.append(chunk)
+    # Building a model may have imported more of Megatron.
+    cpu_backend.install()
+    return Policy(chunks, config, architecture, context)
+
+
+def _guard_passed_through_chunk(chunk: GPTModel) -> None:
+    """Keep the output of a chunk whose layers are all skipped apart from its input.
+
+    The pipeline schedule frees the data of an output once it is sent. Were it the very tensor that
+    the previous stage sent, the backward pass would silently compute wrong gradients.
+    """
+
+    def clone_if_same(module: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
+        return output.clone() if output is module.input_tensor else output
+
+    if not chunk.pre_process and not chunk.post_process:
+        chunk.decoder.register_forward_hook(clone_if_same, with_kwargs=True)
