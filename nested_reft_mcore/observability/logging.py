@@ -1,0 +1,92 @@
+"""Messages on the console: rank 0 tells what happens, the others only what goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from typing import Literal, TextIO
+
+Level = Literal["debug", "info", "warning"]
+
+_PACKAGE = "nested_reft_mcore"
+
+# Said by libraries about choices that are made on purpose or that a user can do nothing about.
+# `nested-reft doctor` tells which optional packages are absent and what is used instead.
+_NOISE = re.compile(
+    r"Apex (is|are) not installed"
+    r"|Transformer Engine and Apex are not installed"
+    r"|absl\.logging is not installed"
+    r"|CPU RNG state changed within GPU RNG context"
+    r"|The following imports from `dynamic_context\.py` will be removed"
+    r"|custom_layers\.transformer_engine'?\s+module is deprecated"
+    r"|`torch\.jit\.script(_method)?` is deprecated"
+    r"|lr_scheduler\.step\(\)` before `optimizer\.step\(\)"
+)
+
+
+class _NoiseFilter(logging.Filter):
+    """Drops the known noise of libraries; never a message of this package, never an error."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether `record` is shown."""
+        if record.levelno >= logging.ERROR or record.name.split(".")[0] == _PACKAGE:
+            return True
+        return _NOISE.search(record.getMessage()) is None
+
+
+class _ConsoleHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever `sys.stderr` is now, so that a live display can put lines above itself."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """Keep following `sys.stderr`: the base class assigns a stream when it is made."""
+
+
+class _Formatter(logging.Formatter):
+    """`12:00:01 text` for information, the level in front of anything worse, the rank if not 0."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__(datefmt="%H:%M:%S")
+        width = len(str(world_size - 1))
+        self._prefix = f"[rank {rank:>{width}}] " if rank else ""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname} "
+        # A captured warning ends in the source line that raised it, which helps nobody here.
+        message = record.message.strip()
+        if record.name == "py.warnings":
+            message = message.split("\n")[0]
+        return f"{self.formatTime(record, self.datefmt)} {self._prefix}{level}{message}"
+
+
+def configure_logging(level: Level = "info", rank: int = 0, world_size: int = 1) -> None:
+    """Send this process's log messages and Python warnings to standard error.
+
+    Rank 0 shows messages of this package from `level` on and warnings of everybody else; other
+    ranks show warnings and errors only, with their rank in front. Known noise of libraries is
+    dropped, except at level `debug`. A second call replaces the first one's settings.
+
+    Raises ValueError where `rank` is not below `world_size` or `level` is unknown.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in [0, {world_size})")
+    if level not in ("debug", "info", "warning"):
+        raise ValueError(f"unknown level {level!r}; expected debug, info or warning")
+    handler = _ConsoleHandler()
+    handler.setFormatter(_Formatter(rank, world_size))
+    if level != "debug":
+        handler.addFilter(_NoiseFilter())
+    if rank:
+        handler.setLevel(logging.WARNING)
+    root = logging.getLogger()
+    for old in [one for one in root.handlers if isinstance(one, _ConsoleHandler)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if level == "debug" else logging.WARNING)
+    logging.getLogger(_PACKAGE).setLevel(level.upper() if rank == 0 else logging.WARNING)
+    logging.captureWarnings(True)
