@@ -247,6 +247,8 @@ class LoggingConfig(Section):
 
     tensorboard: bool = True
     """Write TensorBoard files."""
+    wandb_project: str | None = None
+    """Send metrics to this Weights & Biases project; needs the `wandb` extra."""
     progress: Literal["auto", "bar", "plain", "off"] = "auto"
     """Live display: `auto` draws a bar on a terminal and prints lines elsewhere."""
     dump_rollouts: bool = True
