@@ -1,0 +1,126 @@
+"""Worked answers for the supervised warm-up, as tensors aligned with `labels`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.schema import DataConfig
+from nested_reft_mcore.data.jsonl import read_json_lines
+from nested_reft_mcore.data.prompts import encode_question, require_some_left
+from nested_reft_mcore.data.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A question and an answer to learn from."""
+
+    prompt_ids: tuple[int, ...]
+    """What the policy reads, chat template included."""
+    response_ids: tuple[int, ...]
+    """What it should write, end of sequence included."""
+    source: str = ""
+    """Where it came from, as `file:line`."""
+
+
+@dataclass(frozen=True)
+class DemonstrationSet:
+    """The demonstrations of one file, in its order."""
+
+    demonstrations: tuple[Demonstration, ...]
+    num_dropped: int = 0
+    """Those left out because the prompt was longer than `max_prompt_length`."""
+
+    def __len__(self) -> int:
+        return len(self.demonstrations)
+
+    def __getitem__(self, index: int) -> Demonstration:
+        return self.demonstrations[index]
+
+
+@dataclass(frozen=True)
+class DemonstrationBatch:
+    """Demonstrations as rows; everything is aligned with `labels` (docs/architecture.md)."""
+
+    tokens: Int64[Tensor, "batch seq"]
+    """Prompt and response without the last token, right-padded."""
+    labels: Int64[Tensor, "batch seq"]
+    """Prompt and response without the first token, right-padded."""
+    position_ids: Int64[Tensor, "batch seq"]
+    """0, 1, 2, ... in every row."""
+    loss_mask: Bool[Tensor, "batch seq"]
+    """True where the label belongs to the response, end of sequence included."""
+
+
+def load_demonstrations(
+    path: str | Path, config: DataConfig, tokenizer: Tokenizer
+) -> DemonstrationSet:
+    """Read questions with worked answers; the questions exactly as `load_prompts` makes them.
+
+    Question and answer are tokenized apart, because the policy's own answers begin after the
+    question's tokens too. UserError for anything wrong in the file, if no demonstration is left,
+    and for a tokenizer without an end of sequence.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise UserError(
+            f"{path}: the tokenizer has no end-of-sequence token; expected one, because a "
+            "demonstration without it never teaches the policy to stop"
+        )
+    demonstrations: list[Demonstration] = []
+    dropped_lengths: list[int] = []
+    for record in read_json_lines(path, config.limit):
+        prompt_ids, _ = encode_question(record, config, tokenizer)
+        response = tokenizer.encode(record.text(config.demonstration_field))
+        if len(prompt_ids) > config.max_prompt_length:
+            dropped_lengths.append(len(prompt_ids))
+        else:
+            demonstrations.append(Demonstration(prompt_ids, (*response, eos), record.source))
+    require_some_left(path, len(demonstrations), dropped_lengths, config.max_prompt_length)
+    return DemonstrationSet(tuple(demonstrations), len(dropped_lengths))
+
+
+def collate(
+    demonstrations: Sequence[Demonstration],
+    pad_token_id: int,
+    pad_to_multiple: int = 1,
+    length: int | None = None,
+) -> DemonstrationBatch:
+    """Lay out demonstrations as rows, in order.
+
+    `length` fixes `seq`; left out, it is the longest row rounded up to `pad_to_multiple`.
+    ValueError for an empty batch, prompt or response, and for rows that don't fit.
+    """
+    if not demonstrations:
+        raise ValueError("no demonstrations to make a batch of")
+    if not all(item.prompt_ids and item.response_ids for item in demonstrations):
+        raise ValueError("a demonstration has an empty prompt or response")
+    longest = max(len(item.prompt_ids) + len(item.response_ids) - 1 for item in demonstrations)
+    if length is None:
+        length = -(-longest // pad_to_multiple) * pad_to_multiple
+    if longest > length or length % pad_to_multiple:
+        raise ValueError(
+            f"length {length} must be a multiple of {pad_to_multiple} and at least {longest}"
+        )
+    shape = (len(demonstrations), length)
+    tokens = torch.full(shape, pad_token_id, dtype=torch.int64)
+    labels = torch.full(shape, pad_token_id, dtype=torch.int64)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, item in enumerate(demonstrations):
+        sequence = torch.tensor(item.prompt_ids + item.response_ids)
+        end = len(sequence) - 1
+        tokens[row, :end] = sequence[:-1]
+        labels[row, :end] = sequence[1:]
+        loss_mask[row, len(item.prompt_ids) - 1 : end] = True
+    return DemonstrationBatch(
+        tokens=tokens,
+        labels=labels,
+        position_ids=torch.arange(length).repeat(len(demonstrations), 1),
+        loss_mask=loss_mask,
+    )
