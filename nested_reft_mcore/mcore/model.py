@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
@@ -138,11 +144,33 @@ def build_policy(
         )
         if torch.cuda.is_available():
             chunk.cuda(context.device)
+        _mark_tensor_parallel(chunk)
         _guard_passed_through_chunk(chunk)
         chunks.append(chunk)
     # Building a model may have imported more of Megatron.
     cpu_backend.install()
     return Policy(chunks, config, architecture, context)
+
+
+def _mark_tensor_parallel(chunk: GPTModel) -> None:
+    """Tell Megatron which parameters are shards.
+
+    It does so itself only while it draws initial values, which are ours; unmarked shards would be
+    left out of the gradient norm on all tensor-parallel ranks but the first.
+    """
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dimension = 0
+        elif isinstance(module, RowParallelLinear):
+            dimension = 1
+        else:
+            continue
+        for parameter in (module.weight, getattr(module, "bias", None)):
+            # The bias of a row-parallel layer is whole on every rank.
+            if parameter is None or (dimension == 1 and parameter is not module.weight):
+                continue
+            if not hasattr(parameter, "partition_dim"):
+                set_tensor_model_parallel_attributes(parameter, True, dimension, 1)
 
 
 def _guard_passed_through_chunk(chunk: GPTModel) -> None:

@@ -1,0 +1,159 @@
+"""Forward and backward passes of a batch through every pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.mcore.logprobs import token_logprobs
+from nested_reft_mcore.mcore.model import Policy
+from nested_reft_mcore.rollout.batch import TrainingBatch
+
+Value = TypeVar("Value")
+LossFunction = Callable[[Tensor, Tensor, TrainingBatch], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""(log-probs, entropies, micro-batch) to (loss sum, number of tokens, metric sums)."""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass over this replica's batch gave, the same on every pipeline stage."""
+
+    logprobs: Tensor
+    """`[batch, seq]` float32 on the CPU: target log-probabilities before the update."""
+    entropies: Tensor
+    """`[batch, seq]` float32 on the CPU."""
+    metric_sums: dict[str, float]
+    """Sums over this replica's tokens, as the loss function named them."""
+
+
+def forward_logprobs(
+    policy: Policy, batch: TrainingBatch, *, micro_batch_size: int, temperature: float
+) -> Tensor:
+    """Log-probabilities of the labels under the policy as it stands, nested or not.
+
+    Returns:
+        `[batch, seq]` float32 on the CPU, on every rank of the pipeline.
+    """
+
+    def no_loss(logprobs: Tensor, _entropies: Tensor, _batch: TrainingBatch) -> Any:
+        return logprobs.sum(), torch.ones((), dtype=torch.int, device=logprobs.device), {}
+
+    return run_batch(
+        policy,
+        batch,
+        no_loss,
+        micro_batch_size=micro_batch_size,
+        temperature=temperature,
+        forward_only=True,
+    ).logprobs
+
+
+def run_batch(
+    policy: Policy,
+    batch: TrainingBatch,
+    loss: LossFunction,
+    *,
+    micro_batch_size: int,
+    temperature: float,
+    forward_only: bool = False,
+) -> PassResult:
+    """Run Megatron's pipeline schedule over the micro-batches of `batch`.
+
+    Gradients are those of (sum of losses) / (sum of token counts), both over all micro-batches and
+    data-parallel replicas: Megatron divides once, at the end of the backward pass.
+
+    Args:
+        policy: Runs as it stands, nested or not.
+        batch: This replica's sequences.
+        loss: Called on the last stage for each micro-batch.
+        micro_batch_size: Sequences in one forward pass.
+        temperature: Of the log-probabilities.
+        forward_only: Leave the backward pass out.
+    """
+    context = policy.context
+    micro_batches = _whole_schedule(batch, micro_batch_size, context)
+    collected: list[tuple[Tensor, Tensor]] = []
+
+    def loss_of_logits(micro_batch: TrainingBatch, logits: Tensor) -> tuple[Any, ...]:
+        logprobs, entropies = token_logprobs(
+            logits,
+            micro_batch.labels,
+            temperature=temperature,
+            vocab_size=policy.architecture.vocab_size,
+            tensor=context.tensor,
+        )
+        collected.append((logprobs.detach(), entropies.detach()))
+        loss_sum, num_tokens, metrics = loss(logprobs, entropies, micro_batch)
+        return loss_sum, num_tokens.to(torch.int), metrics
+
+    def forward_step(batches: Iterator[TrainingBatch], chunk: Any) -> tuple[Tensor, Any]:
+        micro_batch = next(batches).to(context.device)
+        output = chunk(micro_batch.tokens, micro_batch.position_ids, None)
+        return output, partial(loss_of_logits, micro_batch)
+
+    modules = policy.modules
+    with torch.set_grad_enabled(not forward_only):
+        metrics = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(micro_batches) for _ in modules],
+            model=modules,
+            num_microbatches=len(micro_batches),
+            seq_length=batch.tokens.shape[1],
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+        )
+    shape = (2, len(micro_batches) * micro_batch_size, batch.tokens.shape[1])
+    scores = torch.zeros(shape, dtype=torch.float32, device=context.device)
+    if context.is_last_stage:
+        scores = torch.stack([torch.cat(column) for column in zip(*collected, strict=True)])
+    logprobs, entropies = _from_last_stage(scores, context).cpu()[:, : len(batch)]
+    return PassResult(logprobs, entropies, _share_sums(metrics, context))
+
+
+def _whole_schedule(
+    batch: TrainingBatch, micro_batch_size: int, context: ParallelContext
+) -> list[TrainingBatch]:
+    """Micro-batches, as many as the schedule asks for: the added ones are masked throughout."""
+    micro_batches = list(batch.micro_batches(micro_batch_size))
+    multiple = context.pipeline.size if context.num_chunks > 1 else 1
+    nothing = replace(
+        micro_batches[0], response_mask=torch.zeros_like(micro_batches[0].response_mask)
+    )
+    return micro_batches + [nothing] * (-len(micro_batches) % multiple)
+
+
+def _from_last_stage(values: Tensor, context: ParallelContext) -> Tensor:
+    """Give every stage the last one's tensor."""
+    if context.pipeline.group is not None:
+        dist.broadcast(values, src=context.pipeline.ranks[-1], group=context.pipeline.group)
+    return values
+
+
+def _share_sums(
+    micro_batches: Sequence[dict[str, Tensor]], context: ParallelContext
+) -> dict[str, float]:
+    """Add up the last stage's metrics and give every stage the sums."""
+    sums: dict[str, float] = {}
+    for metrics in micro_batches if context.is_last_stage else ():
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return broadcast_object(sums, context)
+
+
+def broadcast_object(value: Value, context: ParallelContext) -> Value:
+    """Give every pipeline stage the last one's object."""
+    if context.pipeline.group is None:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(
+        box, src=context.pipeline.ranks[-1], group=context.pipeline.group, device=context.device
+    )
+    return box[0]
