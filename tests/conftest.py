@@ -1,0 +1,19 @@
+"""What every test shares: one thread, and shapes checked at run time where they are annotated."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Before anything of ours is imported: annotated shapes and types become run-time checks.
+install_import_hook(
+    ["nested_reft_mcore.algorithm", "nested_reft_mcore.rollout"], "beartype.beartype"
+)
+torch.set_num_threads(1)
+# No deadline: machines that run tests are shared. Derandomised: a red run can be repeated.
+settings.register_profile("house", deadline=None, derandomize=True)
+settings.load_profile("house")
