@@ -1,0 +1,284 @@
+"""What one option asks of another, checked before any process starts."""
+
+from __future__ import annotations
+
+from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.schema import (
+    Config,
+    ModelConfig,
+    NestedConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+
+
+def check_config(config: Config) -> None:
+    """Refuse options that contradict each other, as far as the file alone can tell.
+
+    Raises:
+        UserError: names the options, what they say and what would fit.
+    """
+    check_model(config.model)
+    _check_parallel(config.parallel)
+    for key, optimizer in (
+        ("optimizer", config.optimizer),
+        ("sft.optimizer", config.sft.optimizer),
+    ):
+        _check_optimizer(key, optimizer)
+    if config.nested.skip_ratio is not None and config.nested.num_skipped is not None:
+        raise UserError(
+            f"nested: skip_ratio={config.nested.skip_ratio} and "
+            f"num_skipped={config.nested.num_skipped} are both set; set one of them"
+        )
+    _check_sft(config)
+    _check_objective(config)
+    _check_steps(config)
+    if config.model.architecture is not None:
+        check_depth(config, config.model.architecture.num_layers)
+
+
+def check_for_training(config: Config) -> None:
+    """Refuse what `train` cannot use though `generate` and `evaluate` can.
+
+    Raises:
+        UserError: top-k or top-p is set, or there is nothing to train on.
+    """
+    for name in ("top_k", "top_p"):
+        value = getattr(config.rollout, name)
+        if value is not None:
+            raise UserError(
+                f"rollout.{name}={value}: `train` samples from the full distribution. A truncated "
+                "one leaves out tokens that the target policy gives mass to, and every importance "
+                f"ratio would be off by the kept mass. Leave rollout.{name} out; evaluation.{name} "
+                "and `generate` may truncate."
+            )
+    if config.data.train_path is None and config.rollout.replay is None:
+        raise UserError("data.train_path is missing: `train` needs prompts (or rollout.replay)")
+
+
+def check_for_warm_up(config: Config) -> None:
+    """Refuse what `sft` cannot use.
+
+    Raises:
+        UserError: there are no demonstrations to learn from.
+    """
+    if config.data.train_path is None:
+        raise UserError("data.train_path is missing: `sft` needs demonstrations")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse a model with no origin or two, impossible shapes, and half-set recomputation.
+
+    Raises:
+        UserError: names the options and what they say.
+    """
+    origins = [
+        name
+        for name in ("hf_path", "checkpoint", "architecture")
+        if getattr(model, name) is not None
+    ]
+    if len(origins) != 1:
+        found = " and ".join(f"model.{name}" for name in origins) or "none of them"
+        raise UserError(
+            f"model: expected exactly one of hf_path, checkpoint and architecture; found {found}"
+        )
+    if model.architecture is not None:
+        check_architecture(model.architecture, "model.architecture")
+    _check_recomputation(model)
+
+
+def check_architecture(architecture: ModelArchitecture, source: str) -> None:
+    """Refuse shapes that no transformer has; `source` starts the message.
+
+    Raises:
+        UserError: heads that groups or the hidden size don't fit.
+    """
+    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
+    if heads % groups:
+        raise UserError(
+            f"{source}: num_query_groups={groups} does not divide num_attention_heads={heads}; "
+            f"what would fit: {_list(_divisors(heads))}"
+        )
+    if architecture.kv_channels is None and architecture.hidden_size % heads:
+        raise UserError(
+            f"{source}: num_attention_heads={heads} does not divide "
+            f"hidden_size={architecture.hidden_size}; set kv_channels, the size of one head"
+        )
+    if architecture.head_dim % 2:
+        raise UserError(
+            f"{source}: the size of one head is {architecture.head_dim}; "
+            "rotary embeddings need an even one"
+        )
+
+
+def check_depth(config: Config, num_layers: int) -> None:
+    """Refuse to skip more layers than a model of `num_layers` has between its borders.
+
+    Raises:
+        UserError: names the option, the number asked for and the number there is.
+    """
+    nested = config.nested
+    _check_skippable("nested", num_skipped(nested, num_layers), num_layers, nested.border_layers)
+    _check_skippable("sft", config.sft.max_skipped, num_layers, config.sft.border_layers)
+
+
+def num_skipped(nested: NestedConfig, num_layers: int) -> int:
+    """k, the number of layers to skip: as given, or round(skip_ratio * num_layers)."""
+    if nested.num_skipped is not None:
+        return nested.num_skipped
+    return round((nested.skip_ratio or 0.0) * num_layers)
+
+
+def check_batches(config: Config, data_parallel_size: int) -> None:
+    """Refuse batches that the data-parallel replicas cannot share evenly. For `train`.
+
+    Raises:
+        UserError: names the option and the values that would fit.
+    """
+    prompts = config.rollout.prompts_per_step
+    if prompts % data_parallel_size:
+        fitting = _list(_near_multiples(prompts, data_parallel_size))
+        raise UserError(
+            f"rollout.prompts_per_step={prompts} is not a multiple of the data-parallel size "
+            f"{data_parallel_size}; what would fit: {fitting}"
+        )
+    updates = config.train.updates_per_step
+    per_replica = prompts // data_parallel_size * config.rollout.group_size
+    if per_replica % updates:
+        raise UserError(
+            f"train.updates_per_step={updates} does not divide the {per_replica} completions of a "
+            "data-parallel replica (rollout.prompts_per_step * rollout.group_size / "
+            f"{data_parallel_size}); what would fit: {_list(_divisors(per_replica))}"
+        )
+
+
+def check_warm_up_batches(config: Config, data_parallel_size: int) -> None:
+    """Refuse a warm-up batch that micro-batches and replicas cannot share evenly. For `sft`.
+
+    Raises:
+        UserError: names the options and the values that would fit.
+    """
+    sft = config.sft
+    unit = sft.micro_batch_size * data_parallel_size
+    if sft.global_batch_size % unit:
+        fitting = _list(_near_multiples(sft.global_batch_size, unit))
+        raise UserError(
+            f"sft.global_batch_size={sft.global_batch_size} is not a multiple of "
+            f"sft.micro_batch_size={sft.micro_batch_size} times the data-parallel size "
+            f"{data_parallel_size}; what would fit: {fitting}"
+        )
+
+
+def _check_skippable(section: str, count: int, num_layers: int, border: int) -> None:
+    between = max(num_layers - 2 * border, 0)
+    if count > between:
+        raise UserError(
+            f"{section}: {count} layers to skip, but {num_layers} layers with "
+            f"{section}.border_layers={border} leave {between} that may be skipped"
+        )
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise UserError(
+            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size above 1"
+        )
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None and parallel.pipeline_model_parallel_size == 1:
+        raise UserError(
+            f"parallel.virtual_pipeline_model_parallel_size={virtual} needs "
+            "parallel.pipeline_model_parallel_size above 1"
+        )
+
+
+def _check_optimizer(key: str, optimizer: OptimizerConfig) -> None:
+    if optimizer.overlap_param_gather:
+        missing = [
+            f"{key}.{name}=true"
+            for name in ("use_distributed_optimizer", "overlap_grad_reduce")
+            if not getattr(optimizer, name)
+        ]
+        if missing:
+            raise UserError(f"{key}.overlap_param_gather=true needs {' and '.join(missing)}")
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(f"{key}.min_lr={optimizer.min_lr} is above {key}.lr={optimizer.lr}")
+    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_steps is None:
+        raise UserError(
+            f"{key}.lr_decay_style=WSD needs {key}.lr_wsd_decay_steps, the length of its decay"
+        )
+
+
+def _check_sft(config: Config) -> None:
+    sft = config.sft
+    if sft.min_skipped > sft.max_skipped:
+        raise UserError(
+            f"sft.min_skipped={sft.min_skipped} is above sft.max_skipped={sft.max_skipped}"
+        )
+    if sft.max_skipped and sft.optimizer.overlap_grad_reduce:
+        raise UserError(
+            f"sft.max_skipped={sft.max_skipped} with sft.optimizer.overlap_grad_reduce=true: "
+            "gradients of a dropped layer never become ready, so their reduction never starts; "
+            "turn one of them off"
+        )
+
+
+def _check_objective(config: Config) -> None:
+    algorithm = config.algorithm
+    if algorithm.bypass_mode and algorithm.objective != "ppo_clip":
+        raise UserError(
+            "algorithm.bypass_mode=true chooses the ratio of algorithm.objective=ppo_clip; "
+            f"found objective={algorithm.objective}"
+        )
+    if algorithm.bypass_mode and algorithm.correction != "practical":
+        raise UserError(
+            "algorithm.bypass_mode=true already has target / behavior as its ratio, so "
+            f"algorithm.correction={algorithm.correction} would count it twice; expected "
+            "correction=practical, or bypass_mode=false"
+        )
+
+
+def _check_steps(config: Config) -> None:
+    total = config.rollout.prompts_per_step * config.rollout.group_size
+    updates = config.train.updates_per_step
+    if total % updates:
+        raise UserError(
+            f"train.updates_per_step={updates} does not divide the {total} completions of a step "
+            "(rollout.prompts_per_step * rollout.group_size); "
+            f"what would fit: {_list(_divisors(total))}"
+        )
+
+
+def _check_recomputation(model: ModelConfig) -> None:
+    method, layers = model.recompute_method, model.recompute_num_layers
+    if model.recompute_granularity == "full":
+        missing = [
+            name
+            for name, value in (("recompute_method", method), ("recompute_num_layers", layers))
+            if value is None
+        ]
+        if missing:
+            raise UserError(
+                "model.recompute_granularity=full needs "
+                + " and ".join(f"model.{name}" for name in missing)
+            )
+    elif method is not None or layers is not None:
+        found = "model.recompute_method" if method is not None else "model.recompute_num_layers"
+        raise UserError(f"{found} is set, but only model.recompute_granularity=full uses it")
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _near_multiples(number: int, unit: int) -> list[int]:
+    """The multiples of `unit` on either side of `number`."""
+    below = number // unit * unit
+    return [n for n in (below, below + unit) if n > 0]
+
+
+def _list(numbers: list[int]) -> str:
+    """Numbers for a message; long lists lose their middle."""
+    if len(numbers) > 12:
+        return f"{', '.join(map(str, numbers[:8]))}, ..., {', '.join(map(str, numbers[-3:]))}"
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,183 @@
+"""Start N copies of a command on this machine, pass signals on, and answer for their exit codes.
+
+torch's elastic launcher is used as a library to start the processes and to keep their output. Its
+own waiting kills the others at once when one fails; here they get a grace period, so that each can
+say what it saw.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from nested_reft_mcore.launch.exit_codes import ExitCode
+from nested_reft_mcore.launch.ranks import LOCAL_MARKER
+from nested_reft_mcore.launch.watch import Outcome, WorkerWatch
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing import PContext
+
+_FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_POLL_SECONDS = 0.05
+_TAIL_LINES = 40
+
+
+def run_local(
+    argv: Sequence[str],
+    num_processes: int,
+    *,
+    command: Sequence[str] | None = None,
+    log_dir: Path | None = None,
+    grace_seconds: float = 10.0,
+) -> int:
+    """Run `command + argv` in `num_processes` processes that find each other; return one exit code.
+
+    Every worker has torchrun's variables in its environment. SIGUSR1, SIGTERM, SIGINT, SIGHUP and
+    SIGQUIT go on to the workers. When one fails, the others get `grace_seconds`, then SIGTERM, then
+    as long again, then SIGKILL; an interrupt starts the same clock, a second one kills at once. If
+    this process dies, the workers die with it. To be called in the main thread.
+
+    Rank 0 writes to this console; its stdout is the console itself, so that a terminal stays one.
+    The stderr of all ranks and the stdout of the others go to files in `log_dir` (by default in a
+    temporary directory, which is removed after a success). The error of the rank that failed first
+    is the last thing printed.
+
+    Args:
+        command: what to start; by default this package under this Python.
+
+    Returns:
+        0 if all left with 0; 75 if all left with 75; else the code of the first that failed, where
+        a worker killed by signal s counts as 128 + s.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    command = command or (sys.executable, "-m", "nested_reft_mcore")
+    kept = log_dir is not None
+    directory = log_dir or Path(tempfile.mkdtemp(prefix="nested_reft_"))
+    signals = _SignalQueue()
+    with signals:
+        store = _host_store()
+        try:
+            context = _start([*command, *argv], num_processes, directory, store.port)
+        except SignalException as error:
+            return 128 + error.sigval
+        # start_processes has put its own handlers in place.
+        signals.install()
+        watch = WorkerWatch(context.pids(), grace_seconds)
+        try:
+            while not watch.done:
+                watch.handle(signals.take())
+                watch.poll()
+                time.sleep(_POLL_SECONDS)
+        finally:
+            watch.kill_groups()
+            context.close(signal.SIGKILL)
+    outcome = watch.outcome()
+    if outcome.code in (ExitCode.OK, ExitCode.COME_BACK) and not kept:
+        shutil.rmtree(directory, ignore_errors=True)
+    elif outcome.code not in (ExitCode.OK, ExitCode.COME_BACK):
+        _tell(outcome, context.stderrs[outcome.rank])
+    return outcome.code
+
+
+def worker_environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
+    """What a local worker's environment has beside this process's own."""
+    import torch
+
+    added = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # torch then joins the store that the launcher holds instead of opening one in rank 0.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        LOCAL_MARKER: "local",
+        # Processes that share cores must not spin while they wait for each other.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+    }
+    if not torch.cuda.is_available():
+        added["TORCHDYNAMO_DISABLE"] = os.environ.get("TORCHDYNAMO_DISABLE", "1")
+    return added
+
+
+def _host_store() -> TCPStore:
+    """The meeting point of the workers, held by this process: its port is never free to be lost."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _start(command: Sequence[str], num_processes: int, directory: Path, port: int) -> PContext:
+    """Start the workers, each behind the shim that ties it to this process."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+
+    shim = ("-m", "nested_reft_mcore.launch.worker", str(os.getpid()), *command)
+    ranks = range(num_processes)
+    redirects = {rank: Std.ALL if rank else Std.ERR for rank in ranks}
+    return start_processes(
+        name="nested-reft",
+        entrypoint=sys.executable,
+        args={rank: shim for rank in ranks},
+        envs={rank: worker_environment(rank, num_processes, port) for rank in ranks},
+        logs_specs=DefaultLogsSpecs(str(directory), redirects=redirects, tee={0: Std.ERR}),
+        log_line_prefixes={0: ""},
+    )
+
+
+class _SignalQueue:
+    """Signals to this process, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._waiting: list[int] = []
+        self._former: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._waiting.append(signum)
+
+    def install(self) -> None:
+        """(Re)install the handlers."""
+        for number in _FORWARDED:
+            signal.signal(number, self._note)
+
+    def take(self) -> list[int]:
+        """Signals since the last call."""
+        taken, self._waiting = self._waiting, []
+        return taken
+
+    def __enter__(self) -> _SignalQueue:
+        self._former = {number: signal.getsignal(number) for number in _FORWARDED}
+        self.install()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _tell(outcome: Outcome, stderr_path: str) -> None:
+    """Print which rank failed first, and with what; rank 0 has its say on this console already."""
+    sys.stdout.flush()
+    if outcome.rank == 0 and outcome.code == ExitCode.USER_ERROR:
+        return
+    path = Path(stderr_path)
+    if outcome.rank:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"--- rank {outcome.rank}, last lines of stderr ---", file=sys.stderr)
+        print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)
+    reason = f"exit code {outcome.code}"
+    if outcome.code > 128:
+        reason = f"killed by {signal.Signals(outcome.code - 128).name}"
+    print(f"rank {outcome.rank} failed first ({reason}); logs: {path.parents[1]}", file=sys.stderr)
