@@ -58,7 +58,7 @@ test: $(STAMP) ## run the tests
 lint: $(STAMP) ## check style, format and who imports whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 types: $(STAMP) ## check the types
 	@$(BIN)/pyright --pythonpath $(BIN)/python
