@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.data.prompt import Prompt
-
-if TYPE_CHECKING:
-    from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 
 __all__ = [
     "FinishReason",
