@@ -1,61 +1,68 @@
 """The Llama layout: RMSNorm, grouped-query attention without biases, SwiGLU."""
 
-from nested_reft_mcore.hf.weight_map import MapEntry, WeightKind
+from nested_reft_mcore.hf.weight_map import Axis, HfTensor, MapEntry, WeightKind
+
+_MCORE = "decoder.layers.{layer}."
+_HF = "model.layers.{layer}."
 
 EMBEDDING = MapEntry(
     ("embedding.word_embeddings.weight",),
-    ("model.embed_tokens.weight",),
+    (HfTensor("model.embed_tokens.weight", (Axis.VOCAB, Axis.HIDDEN)),),
     WeightKind.VOCAB,
 )
-OUTPUT = MapEntry(("output_layer.weight",), ("lm_head.weight",), WeightKind.VOCAB)
+FINAL_NORM = MapEntry(
+    ("decoder.final_layernorm.weight",),
+    (HfTensor("model.norm.weight", (Axis.HIDDEN,)),),
+    WeightKind.REPLICATED,
+)
+OUTPUT = MapEntry(
+    ("output_layer.weight",),
+    (HfTensor("lm_head.weight", (Axis.VOCAB, Axis.HIDDEN)),),
+    WeightKind.VOCAB,
+)
 
-LLAMA: tuple[MapEntry, ...] = (
+LLAMA_LAYER: tuple[MapEntry, ...] = (
     MapEntry(
         (
-            "decoder.layers.{layer}.input_layernorm.weight",
-            "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+            _MCORE + "input_layernorm.weight",
+            _MCORE + "self_attention.linear_qkv.layer_norm_weight",
         ),
-        ("model.layers.{layer}.input_layernorm.weight",),
+        (HfTensor(_HF + "input_layernorm.weight", (Axis.HIDDEN,)),),
         WeightKind.REPLICATED,
     ),
     MapEntry(
-        ("decoder.layers.{layer}.self_attention.linear_qkv.weight",),
+        (_MCORE + "self_attention.linear_qkv.weight",),
         (
-            "model.layers.{layer}.self_attn.q_proj.weight",
-            "model.layers.{layer}.self_attn.k_proj.weight",
-            "model.layers.{layer}.self_attn.v_proj.weight",
+            HfTensor(_HF + "self_attn.q_proj.weight", (Axis.QUERIES, Axis.HIDDEN)),
+            HfTensor(_HF + "self_attn.k_proj.weight", (Axis.KEYS, Axis.HIDDEN)),
+            HfTensor(_HF + "self_attn.v_proj.weight", (Axis.KEYS, Axis.HIDDEN)),
         ),
         WeightKind.QKV,
     ),
     MapEntry(
-        ("decoder.layers.{layer}.self_attention.linear_proj.weight",),
-        ("model.layers.{layer}.self_attn.o_proj.weight",),
+        (_MCORE + "self_attention.linear_proj.weight",),
+        (HfTensor(_HF + "self_attn.o_proj.weight", (Axis.HIDDEN, Axis.QUERIES)),),
         WeightKind.ROW_PARALLEL,
     ),
     MapEntry(
         (
-            "decoder.layers.{layer}.pre_mlp_layernorm.weight",
-            "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+            _MCORE + "pre_mlp_layernorm.weight",
+            _MCORE + "mlp.linear_fc1.layer_norm_weight",
         ),
-        ("model.layers.{layer}.post_attention_layernorm.weight",),
+        (HfTensor(_HF + "post_attention_layernorm.weight", (Axis.HIDDEN,)),),
         WeightKind.REPLICATED,
     ),
     MapEntry(
-        ("decoder.layers.{layer}.mlp.linear_fc1.weight",),
+        (_MCORE + "mlp.linear_fc1.weight",),
         (
-            "model.layers.{layer}.mlp.gate_proj.weight",
-            "model.layers.{layer}.mlp.up_proj.weight",
+            HfTensor(_HF + "mlp.gate_proj.weight", (Axis.FFN, Axis.HIDDEN)),
+            HfTensor(_HF + "mlp.up_proj.weight", (Axis.FFN, Axis.HIDDEN)),
         ),
         WeightKind.GATE_UP,
     ),
     MapEntry(
-        ("decoder.layers.{layer}.mlp.linear_fc2.weight",),
-        ("model.layers.{layer}.mlp.down_proj.weight",),
+        (_MCORE + "mlp.linear_fc2.weight",),
+        (HfTensor(_HF + "mlp.down_proj.weight", (Axis.HIDDEN, Axis.FFN)),),
         WeightKind.ROW_PARALLEL,
-    ),
-    MapEntry(
-        ("decoder.final_layernorm.weight",),
-        ("model.norm.weight",),
-        WeightKind.REPLICATED,
     ),
 )

@@ -3,7 +3,7 @@
 A *full* Megatron tensor is neither cut nor padded. For every kind and every `tp_size` that divides
 the key-value groups and the widths:
 
-- `from_mcore(kind, to_mcore(kind, tensors, head_dim), architecture)` gives `tensors` back;
+- `from_mcore(kind, to_mcore(kind, tensors, architecture), architecture)` gives `tensors` back;
 - `tp_join` of the shards that `tp_slice` makes gives the full tensor back;
 - `to_mcore` of the parts that `hf_part` names is the shard that `tp_slice` makes, but for padding:
   so a rank reads its own part of a file and nothing else.
@@ -45,7 +45,7 @@ def to_mcore(
 
     Args:
         kind: how.
-        tensors: in the order of the map's `hf_names`. Matrices are `[out, in]`, biases `[out]`.
+        tensors: in the order of the entry's `tensors`. Matrices are `[out, in]`, biases `[out]`.
             Also takes the parts that one tensor-parallel rank holds.
         architecture: its head size and heads per group lay out query, key and value.
 

@@ -3,10 +3,12 @@
 A family is a tuple of `MapEntry`, written once; import and export read the same entries.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
+
+Shape = tuple[int, ...]
 
 
 class WeightKind(Enum):
@@ -24,6 +26,39 @@ class WeightKind(Enum):
     """One row per token, padded with rows of zeros, cut along dimension 0."""
 
 
+class Axis(Enum):
+    """What a dimension of a Hugging Face tensor counts."""
+
+    HIDDEN = "hidden"
+    QUERIES = "queries"
+    KEYS = "keys"
+    FFN = "ffn"
+    VOCAB = "vocab"
+
+    def size(self, architecture: ModelArchitecture) -> int:
+        """Its length in a model of this architecture."""
+        sizes = {
+            Axis.HIDDEN: architecture.hidden_size,
+            Axis.QUERIES: architecture.num_attention_heads * architecture.head_dim,
+            Axis.KEYS: architecture.num_query_groups * architecture.head_dim,
+            Axis.FFN: architecture.ffn_hidden_size,
+            Axis.VOCAB: architecture.vocab_size,
+        }
+        return sizes[self]
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """A Hugging Face tensor: its name, and what each of its dimensions counts."""
+
+    name: str
+    axes: tuple[Axis, ...]
+
+    def shape(self, architecture: ModelArchitecture) -> Shape:
+        """Its shape in a model of this architecture."""
+        return tuple(axis.size(architecture) for axis in self.axes)
+
+
 @dataclass(frozen=True)
 class MapEntry:
     """One Megatron parameter and the Hugging Face tensors that it is made of.
@@ -33,22 +68,25 @@ class MapEntry:
 
     mcore_names: tuple[str, ...]
     """Names of the same parameter: in the local layer spec, then in Transformer Engine's."""
-    hf_names: tuple[str, ...]
-    """Tensors in the order in which the kind combines them."""
+    tensors: tuple[HfTensor, ...]
+    """In the order in which the kind combines them."""
     kind: WeightKind
+    layer: int | None = None
+    """Global layer that it belongs to, once the number is filled in."""
 
     def for_layer(self, layer: int) -> "MapEntry":
         """The entry with the layer number filled in."""
-        return MapEntry(
-            tuple(name.replace("{layer}", str(layer)) for name in self.mcore_names),
-            tuple(name.replace("{layer}", str(layer)) for name in self.hf_names),
-            self.kind,
+        tensors = tuple(
+            HfTensor(tensor.name.replace("{layer}", str(layer)), tensor.axes)
+            for tensor in self.tensors
         )
+        names = tuple(name.replace("{layer}", str(layer)) for name in self.mcore_names)
+        return replace(self, mcore_names=names, tensors=tensors, layer=layer)
 
-    @property
-    def is_per_layer(self) -> bool:
-        """Whether every layer has such a parameter."""
-        return "{layer}" in self.mcore_names[0]
+    def full_shape(self, architecture: ModelArchitecture) -> Shape:
+        """Shape of the Megatron tensor, neither cut nor padded: the parts stand on one another."""
+        shapes = [tensor.shape(architecture) for tensor in self.tensors]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 @dataclass(frozen=True)
@@ -60,31 +98,30 @@ class WeightMap:
     by_mcore_name: dict[str, MapEntry]
     """Entry of a Megatron parameter with its global layer number. With tied embeddings the output
     layer's copy of the embedding on the last pipeline stage is here, and not in `entries`."""
-
-    @property
-    def hf_names(self) -> tuple[str, ...]:
-        """Every Hugging Face tensor that the model has, each once."""
-        return tuple(name for entry in self.entries for name in entry.hf_names)
+    hf_shapes: dict[str, Shape]
+    """Every Hugging Face tensor that the model has, in the order of an export."""
 
 
 def expand(
-    family: tuple[MapEntry, ...],
+    per_layer: tuple[MapEntry, ...],
     architecture: ModelArchitecture,
     *,
     embedding: MapEntry,
+    final_norm: MapEntry,
     output: MapEntry,
 ) -> WeightMap:
-    """The map of `architecture`: embedding, the family's entries of every layer, norm, output."""
-    per_layer = [entry for entry in family if entry.is_per_layer]
-    others = [entry for entry in family if not entry.is_per_layer]
+    """The map of `architecture`: embedding, every layer, final norm, and the output if untied."""
     entries = [embedding]
     for layer in range(architecture.num_layers):
         entries += [entry.for_layer(layer) for entry in per_layer]
-    entries += others
+    entries.append(final_norm)
     tied_copy: tuple[MapEntry, ...] = ()
     if architecture.untie_embeddings_and_output_weights:
         entries.append(output)
     else:
-        tied_copy = (MapEntry(output.mcore_names, embedding.hf_names, WeightKind.VOCAB),)
+        tied_copy = (replace(output, tensors=embedding.tensors),)
     by_name = {name: entry for entry in (*entries, *tied_copy) for name in entry.mcore_names}
-    return WeightMap(tuple(entries), by_name)
+    shapes = {
+        tensor.name: tensor.shape(architecture) for entry in entries for tensor in entry.tensors
+    }
+    return WeightMap(tuple(entries), by_name, shapes)

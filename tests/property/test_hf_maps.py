@@ -15,7 +15,7 @@ from nested_reft_mcore.hf.transforms import (
     tp_join,
     tp_slice,
 )
-from nested_reft_mcore.hf.weight_map import WeightKind
+from nested_reft_mcore.hf.weight_map import MapEntry, WeightKind
 
 
 @st.composite
@@ -39,40 +39,11 @@ def architectures(draw) -> tuple[ModelArchitecture, int]:
     return architecture, tp_size
 
 
-def hf_shapes(architecture: ModelArchitecture) -> dict[str, tuple[int, ...]]:
-    """Shape of each kind of Hugging Face tensor, from the last parts of its name."""
-    hidden, head_dim = architecture.hidden_size, architecture.head_dim
-    queries = architecture.num_attention_heads * head_dim
-    keys = architecture.num_query_groups * head_dim
-    ffn = architecture.ffn_hidden_size
-    return {
-        "q_proj.weight": (queries, hidden),
-        "k_proj.weight": (keys, hidden),
-        "v_proj.weight": (keys, hidden),
-        "q_proj.bias": (queries,),
-        "k_proj.bias": (keys,),
-        "v_proj.bias": (keys,),
-        "o_proj.weight": (hidden, queries),
-        "gate_proj.weight": (ffn, hidden),
-        "up_proj.weight": (ffn, hidden),
-        "down_proj.weight": (hidden, ffn),
-        "embed_tokens.weight": (architecture.vocab_size, hidden),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-
-
-def tensors_of(entry, architecture: ModelArchitecture) -> list[torch.Tensor]:
+def tensors_of(entry: MapEntry, architecture: ModelArchitecture) -> list[torch.Tensor]:
     """Different numbers in every element of every tensor of the entry."""
-    shapes = hf_shapes(architecture)
     tensors, start = [], 1
-    for name in entry.hf_names:
-        if name == "lm_head.weight":
-            shape = (architecture.vocab_size, architecture.hidden_size)
-        elif name == "model.norm.weight":
-            shape = (architecture.hidden_size,)
-        else:
-            shape = shapes[".".join(name.split(".")[-2:])]
+    for tensor in entry.tensors:
+        shape = tensor.shape(architecture)
         count = torch.Size(shape).numel()
         tensors.append(torch.arange(start, start + count).reshape(shape))
         start += count
@@ -87,6 +58,7 @@ def test_every_entry_survives_both_directions_and_the_cut(case):
     for entry in weight_map(architecture).entries:
         tensors = tensors_of(entry, architecture)
         full = to_mcore(entry.kind, tensors, architecture)
+        assert full.shape == entry.full_shape(architecture)
         back = from_mcore(entry.kind, full, architecture)
         assert len(back) == len(tensors)
         assert all(torch.equal(one, two) for one, two in zip(back, tensors, strict=True))
@@ -126,7 +98,8 @@ def test_the_parts_that_a_rank_reads_make_its_shard(case):
 def test_names_are_unique_and_both_specs_are_known(case):
     architecture, _ = case
     mapping = weight_map(architecture)
-    assert len(set(mapping.hf_names)) == len(mapping.hf_names)
+    names = [tensor.name for entry in mapping.entries for tensor in entry.tensors]
+    assert list(mapping.hf_shapes) == names
     layer = architecture.num_layers - 1
     for local, engine in (
         ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
@@ -135,9 +108,9 @@ def test_names_are_unique_and_both_specs_are_known(case):
         entries = [mapping.by_mcore_name[f"decoder.layers.{layer}.{n}"] for n in (local, engine)]
         assert entries[0] == entries[1]
     untied = architecture.untie_embeddings_and_output_weights
-    assert ("lm_head.weight" in mapping.hf_names) == untied
-    output = mapping.by_mcore_name["output_layer.weight"].hf_names
-    assert output == (("lm_head.weight",) if untied else ("model.embed_tokens.weight",))
+    assert ("lm_head.weight" in mapping.hf_shapes) == untied
+    (output,) = mapping.by_mcore_name["output_layer.weight"].tensors
+    assert output.name == ("lm_head.weight" if untied else "model.embed_tokens.weight")
     assert f"decoder.layers.{architecture.num_layers}.mlp.linear_fc2.weight" not in (
         mapping.by_mcore_name
     )
