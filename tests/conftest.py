@@ -11,7 +11,9 @@ from jaxtyping import install_import_hook
 
 # Before anything of ours is imported: annotated shapes and types become run-time checks.
 install_import_hook(
-    ["nested_reft_mcore.algorithm", "nested_reft_mcore.rollout"], "beartype.beartype"
+    ["nested_reft_mcore.algorithm", "nested_reft_mcore.rollout"],
+    # As type checkers read it: an int will do where a float is asked for.
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 torch.set_num_threads(1)
 # No deadline: machines that run tests are shared. Derandomised: a red run can be repeated.
