@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Literal, SupportsFloat, TextIO
 
@@ -57,11 +57,12 @@ class Progress:
         num_done: int,
         metrics: Mapping[str, SupportsFloat],
         *,
-        skipped: Sequence[int | str] | None = None,
+        skipped: str | None = None,
     ) -> None:
         """Show that `num_done` of the run's steps are done, with `metrics` of the last one.
 
-        `skipped` are the layers (or parts, as `5.mlp`) that its behavior policy left out.
+        `skipped` are the layers that its behavior policy left out, as a plan describes itself:
+        `3,5.attention`.
         """
         if self._mode == "off":
             return
@@ -114,7 +115,7 @@ class Progress:
             self._bar = None
 
 
-def _describe(metrics: Mapping[str, SupportsFloat], skipped: Sequence[int | str] | None) -> str:
+def _describe(metrics: Mapping[str, SupportsFloat], skipped: str | None) -> str:
     """The metrics that a person follows, as far as they are there."""
     parts: list[str] = []
     for label, names, form in _COLUMNS:
@@ -122,7 +123,7 @@ def _describe(metrics: Mapping[str, SupportsFloat], skipped: Sequence[int | str]
         if name is not None:
             parts.append(f"{label} {form.format(float(metrics[name]))}")
     if skipped is not None:
-        parts.append("skips " + (",".join(str(one) for one in skipped) or "nothing"))
+        parts.append(f"skips {skipped}")
     elif "nested/num_skipped" in metrics:
         parts.append(f"skips {float(metrics['nested/num_skipped']):g}")
     return "  ".join(parts)

@@ -71,6 +71,13 @@ def test_debug_hides_nothing():
         assert shown in said
 
 
+def test_debug_is_for_rank_zero_only():
+    said = talk("configure_logging('debug', 1, 2)")
+    assert "their warning" in said
+    for hidden in ("our debug", "our info", "their info"):
+        assert hidden not in said
+
+
 def test_warning_level_is_quiet():
     said = talk("configure_logging('warning')")
     assert "our info" not in said
