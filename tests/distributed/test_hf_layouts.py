@@ -1,0 +1,40 @@
+"""Hugging Face weights in and out of every layout of real processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hf_cases import (
+    CASES,
+    expected_logprobs,
+    load_score_export,
+    read_tensors,
+    write_model,
+)
+from run_workers import run_workers
+
+LAYOUTS = {
+    2: {"tp2": {"tp": 2}, "pp2": {"pp": 2}, "pp2-vpp2": {"pp": 2, "vpp": 2}, "dp2": {}},
+    4: {"tp2-pp2": {"tp": 2, "pp": 2}},
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_every_layout_scores_like_transformers_and_exports_the_same_bits(
+    world_size: int, tmp_path: Path
+):
+    models = {str(case): write_model(case, tmp_path / "source" / str(case)) for case in CASES}
+    layouts, source, target = LAYOUTS[world_size], tmp_path / "source", tmp_path / "target"
+    for logprobs in run_workers(load_score_export, world_size, layouts, source, target):
+        assert len(logprobs) == len(layouts) * len(models)
+        for key, found in logprobs.items():
+            expected = expected_logprobs(models[key.split("/")[1]])
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=key)
+    for layout in layouts:
+        for name in models:
+            expected = read_tensors(source / name)
+            found = read_tensors(target / layout / name)
+            assert found.keys() == expected.keys()
+            for tensor, values in expected.items():
+                assert torch.equal(found[tensor], values), f"{layout} {name} {tensor}"
