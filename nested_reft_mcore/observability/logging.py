@@ -35,7 +35,7 @@ class _NoiseFilter(logging.Filter):
         return _NOISE.search(record.getMessage()) is None
 
 
-class _ConsoleHandler(logging.StreamHandler[TextIO]):
+class _ConsoleHandler(logging.StreamHandler):
     """Writes to whatever `sys.stderr` is now, so that a live display can put lines above itself."""
 
     @property
