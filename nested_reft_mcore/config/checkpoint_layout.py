@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.errors import UserError
@@ -51,9 +52,9 @@ def read_checkpoint_architecture(path: str | Path) -> ModelArchitecture:
     """
     file = resolve_checkpoint(path) / ARCHITECTURE_FILE
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable as JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: expected an object, got {type(data).__name__}")
-    return section_from_dict(ModelArchitecture, data, str(file))
+    return section_from_dict(ModelArchitecture, cast(dict[str, Any], data), str(file))

@@ -12,7 +12,7 @@ import json
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -111,13 +111,13 @@ def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:
     *parents, last = key.split(".")
     here = data
     for depth, name in enumerate(parents):
-        inner = here.get(name)
+        inner: Any = here.get(name)
         if inner is None:
             inner = here[name] = {}
         if not isinstance(inner, dict):
             owner = ".".join(parents[: depth + 1])
             raise UserError(f"override {override!r}: `{owner}` is a value, not a section")
-        here = inner
+        here = cast(dict[str, Any], inner)
     here[last] = value
 
 
@@ -149,8 +149,15 @@ def _show(value: Any) -> str:
     """A found value with its type, short."""
     if value is None:
         return "nothing (null)"
-    kinds = {bool: "boolean", int: "integer", float: "number", str: "text", list: "list"}
-    return f"{kinds.get(type(value), 'section')} {json.dumps(value)[:80]}"
+    kinds: dict[type[Any], str] = {
+        bool: "boolean",
+        int: "integer",
+        float: "number",
+        str: "text",
+        list: "list",
+    }
+    kind = next((name for known, name in kinds.items() if isinstance(value, known)), "section")
+    return f"{kind} {json.dumps(value)[:80]}"
 
 
 def _section_of(field: FieldInfo) -> type[Section] | None:
@@ -198,7 +205,6 @@ def _suggest(root: type[Section], names: Sequence[str]) -> str:
     if near:
         return f"; did you mean `{prefix}{near[0]}`?"
     namesakes = [key for key in known if key.rsplit(".", 1)[-1] == last]
-    anywhere = namesakes or difflib.get_close_matches(".".join(names), known, n=1)
-    if anywhere:
-        return f"; did you mean `{anywhere[0]}`?"
+    if namesakes:
+        return f"; did you mean `{namesakes[0]}`?"
     return f"; known here: {', '.join(siblings)}"

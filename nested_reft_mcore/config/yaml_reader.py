@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -27,17 +27,6 @@ class _StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
-)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_StrictLoader.add_implicit_resolver(_MERGE_TAG, re.compile(r"^<<$"), ["<"])
-
-
 class _Dumper(yaml.SafeDumper):
     """Safe dumper that quotes every string which `_StrictLoader` would read as a number."""
 
@@ -46,7 +35,17 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+def _resolve(target: Any, kind: str, pattern: str | re.Pattern[str], first: list[str]) -> None:
+    """Teach a loader or dumper that plain text like `pattern` is of this kind."""
+    target.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), first)
+
+
+_resolve(_StrictLoader, "null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""])
+_resolve(_StrictLoader, "bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF"))
+_resolve(_StrictLoader, "int", _INTEGER, list("-+0123456789"))
+_resolve(_StrictLoader, "float", _FLOAT, list("-+.0123456789"))
+_resolve(_StrictLoader, "merge", r"^<<$", ["<"])
+_resolve(_Dumper, "float", _FLOAT, list("-+.0123456789"))
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def read_yaml(path: str | Path) -> YamlFile:
         raise UserError(
             f"{path}: expected sections (`section:`, then `  field: value`), got {found}"
         )
-    return YamlFile(path, data, lines)
+    return YamlFile(path, cast(dict[str, Any], data), lines)
 
 
 def parse_value(text: str, source: str) -> Any:

@@ -16,15 +16,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing import (
+    LogsDest,
+    LogsSpecs,
+    PContext,
+    SignalException,
+    start_processes,
+)
 
 from nested_reft_mcore.launch.exit_codes import ExitCode
 from nested_reft_mcore.launch.ranks import LOCAL_MARKER
 from nested_reft_mcore.launch.watch import Outcome, WorkerWatch
-
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
-    from torch.distributed.elastic.multiprocessing import PContext
 
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _POLL_SECONDS = 0.05
@@ -47,25 +52,27 @@ def run_local(
     this process dies, the workers die with it. To be called in the main thread.
 
     Rank 0 writes to this console; its stdout is the console itself, so that a terminal stays one.
-    The stderr of all ranks and the stdout of the others go to files in `log_dir` (by default in a
-    temporary directory, which is removed after a success). The error of the rank that failed first
-    is the last thing printed.
+    The stderr of all ranks and the stdout of the others go to `rank_N.stderr` and `rank_N.stdout`
+    in `log_dir` (by default in a temporary directory, which is removed after a success). The error
+    of the rank that failed first is the last thing printed.
 
     Args:
+        argv: what follows the command.
+        num_processes: how many to start.
         command: what to start; by default this package under this Python.
+        log_dir: where to keep the output; made if it is not there.
+        grace_seconds: patience with the others after one has failed.
 
     Returns:
         0 if all left with 0; 75 if all left with 75; else the code of the first that failed, where
         a worker killed by signal s counts as 128 + s.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
-
     command = command or (sys.executable, "-m", "nested_reft_mcore")
-    kept = log_dir is not None
     directory = log_dir or Path(tempfile.mkdtemp(prefix="nested_reft_"))
-    signals = _SignalQueue()
-    with signals:
-        store = _host_store()
+    directory.mkdir(parents=True, exist_ok=True)
+    with _SignalQueue() as signals:
+        # The meeting point of the workers, held here: its port is never free for others to take.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         try:
             context = _start([*command, *argv], num_processes, directory, store.port)
         except SignalException as error:
@@ -82,17 +89,16 @@ def run_local(
             watch.kill_groups()
             context.close(signal.SIGKILL)
     outcome = watch.outcome()
-    if outcome.code in (ExitCode.OK, ExitCode.COME_BACK) and not kept:
+    well = outcome.code in (ExitCode.OK, ExitCode.COME_BACK)
+    if not well:
+        _tell(outcome, directory)
+    if log_dir is None and (well or outcome.code == ExitCode.USER_ERROR):
         shutil.rmtree(directory, ignore_errors=True)
-    elif outcome.code not in (ExitCode.OK, ExitCode.COME_BACK):
-        _tell(outcome, context.stderrs[outcome.rank])
     return outcome.code
 
 
 def worker_environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
     """What a local worker's environment has beside this process's own."""
-    import torch
-
     added = {
         "RANK": str(rank),
         "WORLD_SIZE": str(num_processes),
@@ -113,28 +119,46 @@ def worker_environment(rank: int, num_processes: int, port: int) -> dict[str, st
     return added
 
 
-def _host_store() -> TCPStore:
-    """The meeting point of the workers, held by this process: its port is never free to be lost."""
-    from torch.distributed import TCPStore
-
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-
 def _start(command: Sequence[str], num_processes: int, directory: Path, port: int) -> PContext:
     """Start the workers, each behind the shim that ties it to this process."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
-
     shim = ("-m", "nested_reft_mcore.launch.worker", str(os.getpid()), *command)
     ranks = range(num_processes)
-    redirects = {rank: Std.ALL if rank else Std.ERR for rank in ranks}
     return start_processes(
         name="nested-reft",
         entrypoint=sys.executable,
         args={rank: shim for rank in ranks},
         envs={rank: worker_environment(rank, num_processes, port) for rank in ranks},
-        logs_specs=DefaultLogsSpecs(str(directory), redirects=redirects, tee={0: Std.ERR}),
+        logs_specs=_RankFiles(directory),
         log_line_prefixes={0: ""},
     )
+
+
+def _log_file(directory: Path, rank: int, stream: str) -> Path:
+    return directory / f"rank_{rank}.{stream}"
+
+
+class _RankFiles(LogsSpecs):
+    """One file per rank and stream; rank 0 keeps the console."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(str(directory))
+        self._directory = directory
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Name the files; an empty name leaves the stream as it is."""
+        stdouts = {rank: str(_log_file(self._directory, rank, "stdout")) for rank in envs}
+        stderrs = {rank: str(_log_file(self._directory, rank, "stderr")) for rank in envs}
+        return LogsDest(
+            stdouts=stdouts | {0: ""},
+            stderrs=stderrs,
+            tee_stderrs={0: stderrs[0]},
+            error_files=dict.fromkeys(envs, os.devnull),
+        )
+
+    @property
+    def root_log_dir(self) -> str:
+        """The directory of all files."""
+        return str(self._directory)
 
 
 class _SignalQueue:
@@ -148,7 +172,7 @@ class _SignalQueue:
         self._waiting.append(signum)
 
     def install(self) -> None:
-        """(Re)install the handlers."""
+        """Install the handlers, also once more after somebody else's."""
         for number in _FORWARDED:
             signal.signal(number, self._note)
 
@@ -167,17 +191,20 @@ class _SignalQueue:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _tell(outcome: Outcome, stderr_path: str) -> None:
+def _tell(outcome: Outcome, directory: Path) -> None:
     """Print which rank failed first, and with what; rank 0 has its say on this console already."""
     sys.stdout.flush()
     if outcome.rank == 0 and outcome.code == ExitCode.USER_ERROR:
         return
-    path = Path(stderr_path)
     if outcome.rank:
+        path = _log_file(directory, outcome.rank, "stderr")
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if outcome.code == ExitCode.USER_ERROR:
+            print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)
+            return
         print(f"--- rank {outcome.rank}, last lines of stderr ---", file=sys.stderr)
         print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)
     reason = f"exit code {outcome.code}"
     if outcome.code > 128:
         reason = f"killed by {signal.Signals(outcome.code - 128).name}"
-    print(f"rank {outcome.rank} failed first ({reason}); logs: {path.parents[1]}", file=sys.stderr)
+    print(f"rank {outcome.rank} failed first ({reason}); logs: {directory}", file=sys.stderr)

@@ -64,9 +64,7 @@ class WorkerWatch:
             code = _exit_code(self.pids[rank])
             if code is not None:
                 left[rank] = code
-        # Within one poll the order is unknown, but who lost a peer or stops on request is no cause.
-        for rank in sorted(left, key=lambda r: (left[r] in (ExitCode.PEER_LOST, 75), r)):
-            self.codes[rank] = left[rank]
+        self.codes |= left
         if any(left.values()):
             self._start_clock()
         now = time.monotonic()
@@ -84,7 +82,10 @@ class WorkerWatch:
         own = {rank: code for rank, code in self.codes.items() if rank not in self.stopped_by_us}
         failed = {rank: code for rank, code in own.items() if code not in (0, ExitCode.COME_BACK)}
         if failed:
-            rank, code = next(iter(failed.items()))
+            # Who lost a peer is a consequence, however early it left.
+            causes = [rank for rank, code in failed.items() if code != ExitCode.PEER_LOST]
+            rank = (causes or list(failed))[0]
+            code = failed[rank]
             # What all ranks refuse alike, rank 0 has told already.
             return Outcome(code, 0 if failed.get(0) == code == ExitCode.USER_ERROR else rank)
         if not own:
