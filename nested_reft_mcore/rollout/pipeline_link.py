@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 
 class PipelineLink:
-    """This process's two neighbours on the ring of stages: it sends to one, receives from the other.
+    """This process's neighbours on the ring of stages: one to send to, one to receive from.
 
     Messages of a pair arrive in the order they were sent, and both sides know their shapes. The
     way from the last stage back to the first may have a group of its own: NCCL puts all messages
