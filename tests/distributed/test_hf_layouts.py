@@ -30,7 +30,7 @@ def test_every_layout_scores_like_transformers_and_exports_the_same_bits(
         assert len(logprobs) == len(layouts) * len(models)
         for key, found in logprobs.items():
             expected = expected_logprobs(models[key.split("/")[1]])
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=key)
+            torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5, msg=key)
     for layout in layouts:
         for name in models:
             expected = read_tensors(source / name)

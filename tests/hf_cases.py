@@ -106,7 +106,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def load_score_export(
     ranks: RankInfo, layouts: dict[str, dict[str, int]], source: Path, target: Path
-) -> dict[str, Tensor]:
+) -> dict[str, list[list[float]]]:
     """In each layout: load each model of `source`, score the tokens, export to `target`.
 
     Returns log-probabilities by layout and model.
@@ -129,7 +129,7 @@ def load_score_export(
                         parameter.fill_(float("nan"))
             load_hf_weights(policy, hf_dir)
             scores = forward_logprobs(policy, batch(), micro_batch_size=1, temperature=1.0)
-            logprobs[f"{layout}/{case}"] = scores
+            logprobs[f"{layout}/{case}"] = scores.tolist()
             export_hf_weights(policy, target / layout / str(case))
             assert (target / layout / str(case) / "config.json").exists()
         parallel_state.destroy_model_parallel()
