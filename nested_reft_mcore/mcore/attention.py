@@ -45,8 +45,14 @@ class SdpaCoreAttention(MegatronModule):
         Returns:
             `[seq, batch, heads * head_dim]`.
         """
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("SdpaCoreAttention is causal: it takes no mask, bias or packed sequences")
+        if (
+            attention_mask is not None
+            or attention_bias is not None
+            or packed_seq_params is not None
+        ):
+            raise ValueError(
+                "SdpaCoreAttention is causal: it takes no mask, bias or packed sequences"
+            )
         seq, batch = query.shape[:2]
         context = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.architecture import ModelArchitecture
@@ -145,7 +146,7 @@ def build_policy(
         if torch.cuda.is_available():
             chunk.cuda(context.device)
         _mark_tensor_parallel(chunk)
-        _guard_passed_through_chunk(chunk)
+        _guard_output(chunk)
         chunks.append(chunk)
     # Building a model may have imported more of Megatron.
     cpu_backend.install()
@@ -173,15 +174,18 @@ def _mark_tensor_parallel(chunk: GPTModel) -> None:
                 set_tensor_model_parallel_attributes(parameter, True, dimension, 1)
 
 
-def _guard_passed_through_chunk(chunk: GPTModel) -> None:
-    """Keep the output of a chunk whose layers are all skipped apart from its input.
+def _guard_output(chunk: GPTModel) -> None:
+    """Give a chunk an output that the pipeline schedule may free once it is sent.
 
-    The pipeline schedule frees the data of an output once it is sent. Were it the very tensor that
-    the previous stage sent, the backward pass would silently compute wrong gradients.
+    Where all layers are skipped the output is the very tensor that the previous stage sent: freeing
+    it would silently make gradients wrong. Where the last MLP is skipped it can be a view, which the
+    schedule refuses to free.
     """
 
-    def clone_if_same(module: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
-        return output.clone() if output is module.input_tensor else output
+    def own_output(module: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
+        if output is module.input_tensor:
+            return output.clone()
+        return make_viewless_tensor(output, requires_grad=output.requires_grad, keep_graph=True)
 
-    if not chunk.pre_process and not chunk.post_process:
-        chunk.decoder.register_forward_hook(clone_if_same, with_kwargs=True)
+    if not chunk.post_process:
+        chunk.decoder.register_forward_hook(own_output, with_kwargs=True)

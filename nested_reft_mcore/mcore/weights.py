@@ -67,7 +67,9 @@ def _local_values(policy: Policy, name: str, parameter: Tensor, seed: int) -> Te
         ]
         return torch.cat([gate, up])
     dimension = parameter.partition_dim  # type: ignore[attr-defined]
-    shape = [extent * size if i == dimension else extent for i, extent in enumerate(parameter.shape)]
+    shape = [
+        extent * size if i == dimension else extent for i, extent in enumerate(parameter.shape)
+    ]
     return full(*shape).chunk(size, dim=dimension)[rank]
 
 
