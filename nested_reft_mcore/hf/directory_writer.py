@@ -56,6 +56,8 @@ class HfDirectoryWriter:
         self._aside = output_dir.parent / f".{output_dir.name}.partial-{os.getpid()}"
         self._dtype = dtype
         self._waiting: dict[str, Tensor] = {}
+        num_elements = sum(torch.Size(shape).numel() for shape in shapes.values())
+        self._num_bytes = num_elements * dtype.itemsize
         self._shards = plan_shards(shapes, dtype, max_shard_bytes)
         self._shard_of = {name: file for file, names in self._shards.items() for name in names}
 
@@ -98,13 +100,13 @@ class HfDirectoryWriter:
         copy_tokenizer_files(source, self._aside)
 
     def _publish(self) -> None:
-        missing = [name for names in self._shards.values() for name in names]
-        missing = [name for name in missing if not (self._aside / self._shard_of[name]).exists()]
+        missing = [
+            name for name, file in self._shard_of.items() if not (self._aside / file).exists()
+        ]
         if missing:
             raise ValueError(f"tensors were never added: {', '.join(missing[:5])}")
         if len(self._shards) > 1:
-            sizes = [(self._aside / name).stat().st_size for name in self._shards]
-            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": self._shard_of}
+            index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._shard_of}
             self.write_json(INDEX_FILE, index)
         replaced = self._aside.with_name(self._aside.name + "-replaced")
         if self._output_dir.exists():

@@ -1,5 +1,6 @@
 """One process: our model computes what transformers computes, and exports what it loaded."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,9 @@ def test_shards_in_and_out(tmp_path: Path, context: ParallelContext):
     assert len(files) > 2
     assert all(sum(t.nbytes for t in load_file(file).values()) <= 30_000 for file in files)
     assert_same_tensors(tmp_path / "in", tmp_path / "out")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    tensors = read_tensors(tmp_path / "in")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
