@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import (
@@ -65,6 +67,33 @@ def check_for_warm_up(config: Config) -> None:
     """
     if config.data.train_path is None:
         raise UserError("data.train_path is missing: `sft` needs demonstrations")
+
+
+def check_for_evaluation(config: Config) -> None:
+    """Refuse what `evaluate` cannot use.
+
+    Raises:
+        UserError: there are no prompts to evaluate on.
+    """
+    if config.data.eval_path is None:
+        raise UserError("data.eval_path is missing: `evaluate` needs held-out prompts")
+
+
+def check_paths(config: Config) -> None:
+    """Refuse input files and directories that are not there.
+
+    Raises:
+        UserError: names the option, the path, and where relative paths start.
+    """
+    paths = {
+        "data.train_path": config.data.train_path,
+        "data.eval_path": config.data.eval_path,
+        "data.tokenizer_path": config.data.tokenizer_path,
+        "rollout.replay": config.rollout.replay,
+    }
+    for key, path in paths.items():
+        if path is not None and not Path(path).exists():
+            raise UserError(f"{key}: {path} does not exist (taken from {Path.cwd()})")
 
 
 def check_model(model: ModelConfig) -> None:

@@ -1,0 +1,321 @@
+"""The command line: `nested-reft`, also `python -m nested_reft_mcore`.
+
+Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="nested-reft",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+convert_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Convert between Hugging Face directories and checkpoints, in either direction.",
+)
+app.add_typer(convert_app, name="convert")
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/configuration.md lists options.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SECTION.FIELD=VALUE", help="Options that replace the file's, read as YAML."
+    ),
+]
+Hf = Annotated[str | None, typer.Option("--hf", metavar="DIR", help="Hugging Face directory.")]
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Checkpoint, or a directory of some.")
+]
+TokenizerPath = Annotated[
+    str | None,
+    typer.Option("--tokenizer", metavar="PATH", help="Tokenizer, if not the model's own."),
+]
+Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16", help="Type of the weights.")]
+TensorParallel = Annotated[int, typer.Option(help="Processes that share each layer.")]
+PipelineParallel = Annotated[int, typer.Option(help="Stages that the layers are cut into.")]
+SkipLayers = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Layers or parts not to run: 3,5.attention,7.mlp."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(importlib.metadata.version("nested_reft_mcore"))
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Nested-ReFT on Megatron-Core: reinforced fine-tuning with layer-skipped rollouts.
+
+    The model in training writes its own rollouts with some of its layers skipped; the full model
+    learns from them with an importance correction.
+
+    \b
+    A run from start to end:
+      nested-reft doctor                        is everything there?
+      nested-reft sft config.yaml               supervised warm-up
+      nested-reft train config.yaml             reinforced fine-tuning
+      nested-reft evaluate config.yaml          full-depth accuracy
+      nested-reft convert mcore-to-hf ...       take the model away
+
+    \b
+    Exit codes: 0 well; 1 a check failed or an internal error; 2 a mistake in what was given;
+    4 another process was lost; 75 stopped on request with everything saved: start again to go on.
+    """
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Fine-tune with rewards: nested rollouts, importance correction, full-depth updates.
+
+    Works alone, under torchrun and under srun. Started alone, it starts as many processes on this
+    machine as the parallel sizes need. SIGUSR1 or SIGTERM: save, leave with 75; the same command
+    goes on from there.
+
+    \b
+    Examples:
+      nested-reft train config.yaml
+      nested-reft train config.yaml nested.num_skipped=4 optimizer.lr=1e-6
+      nested-reft train config.yaml parallel.pipeline_model_parallel_size=2
+      srun --ntasks=16 nested-reft train config.yaml
+    """
+    from nested_reft_mcore.cli.entry import leave
+    from nested_reft_mcore.cli.runs import run_train
+
+    leave(lambda: run_train(config, overrides or []))
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Warm up on demonstrations, with layer dropout if wanted, before `train`.
+
+    Reads the `sft` section and the lines of data.train_path that hold a demonstration. Layer
+    dropout (sft.max_skipped) is what makes nested policies of small models usable.
+
+    \b
+    Examples:
+      nested-reft sft config.yaml run_dir=runs/warm sft.num_steps=450
+      nested-reft sft config.yaml sft.max_skipped=2
+      nested-reft train config.yaml model.checkpoint=runs/warm/checkpoints
+    """
+    from nested_reft_mcore.cli.entry import leave
+    from nested_reft_mcore.cli.runs import run_sft
+
+    leave(lambda: run_sft(config, overrides or []))
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON, too.")
+    ] = None,
+) -> None:
+    """Judge the full-depth model on held-out prompts, greedy and sampled.
+
+    Reads the `evaluation` section and data.eval_path.
+
+    \b
+    Examples:
+      nested-reft evaluate config.yaml model.checkpoint=runs/first/checkpoints
+      nested-reft evaluate config.yaml evaluation.num_samples=4 --output accuracy.json
+    """
+    from nested_reft_mcore.cli.entry import leave
+    from nested_reft_mcore.cli.runs import run_evaluate
+
+    leave(lambda: run_evaluate(config, overrides or [], output))
+
+
+@app.command()
+def generate(
+    prompts: Annotated[str, typer.Option(metavar="FILE", help="JSON lines, one prompt each.")],
+    output: Annotated[str, typer.Option(metavar="FILE", help="JSON lines to write.")],
+    hf: Hf = None,
+    checkpoint: Checkpoint = None,
+    tokenizer_path: TokenizerPath = None,
+    skip_layers: SkipLayers = None,
+    skip_ratio: Annotated[
+        float | None, typer.Option(help="Skip this share of the layers, drawn from the seed.")
+    ] = None,
+    law: Annotated[
+        str, typer.Option(metavar="uniform|stage_balanced", help="How --skip-ratio draws.")
+    ] = "stage_balanced",
+    border_layers: Annotated[
+        int, typer.Option(help="Layers at either end that --skip-ratio keeps.")
+    ] = 1,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep tokens of this mass.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 256,
+    num_samples: Annotated[int, typer.Option(help="Completions of each prompt.")] = 1,
+    stop_tokens: Annotated[
+        list[str] | None,
+        typer.Option("--stop-token", help="A token that ends a completion; may be repeated."),
+    ] = None,
+    template: Annotated[
+        str, typer.Option(metavar="none|chat", help="chat: prompts go through the template.")
+    ] = "none",
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Write logprobs.")] = False,
+    slots_per_group: Annotated[
+        int, typer.Option("--slots", help="Sequences decoded together.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="Key of every random choice.")] = 0,
+    dtype: Dtype = "float32",
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
+) -> None:
+    """Complete the prompts of a file, with the full model or with layers skipped.
+
+    A line in has `prompt`, `messages` or `prompt_token_ids`. A line out has `prompt_token_ids`,
+    `token_ids`, `text`, `finish_reason` (stop or length) and, with --logprobs, `logprobs`:
+    logprobs[i] belongs to token_ids[i] under the distribution that was sampled from.
+
+    \b
+    Examples:
+      nested-reft generate --hf models/tiny --prompts in.jsonl --output out.jsonl --greedy
+      nested-reft generate --checkpoint runs/first/checkpoints --prompts in.jsonl \\
+          --output out.jsonl --skip-layers 3,5.attention --logprobs --num-samples 4
+    """
+    values = _fields(locals())
+    from nested_reft_mcore.cli.entry import leave
+    from nested_reft_mcore.cli.files import run_generate
+
+    leave(lambda: run_generate(values))
+
+
+@app.command()
+def score(
+    input: Annotated[str, typer.Option(metavar="FILE", help="JSON lines to score.")],
+    output: Annotated[str, typer.Option(metavar="FILE", help="JSON lines to write.")],
+    hf: Hf = None,
+    checkpoint: Checkpoint = None,
+    tokenizer_path: TokenizerPath = None,
+    skip_layers: SkipLayers = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 8,
+    dtype: Dtype = "float32",
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
+) -> None:
+    """Give the log-probabilities of completions, at temperature 1.
+
+    A line in has `prompt_token_ids` and `token_ids`, or the texts `prompt` and `text`; what
+    `generate` writes will do. A line out has `logprobs`, one for each of `token_ids`.
+
+    \b
+    Examples:
+      nested-reft score --hf models/tiny --input out.jsonl --output scores.jsonl
+      nested-reft score --hf models/tiny --input out.jsonl --output nested.jsonl --skip-layers 3
+    """
+    values = _fields(locals())
+    from nested_reft_mcore.cli.entry import leave
+    from nested_reft_mcore.cli.files import run_score
+
+    leave(lambda: run_score(values))
+
+
+@convert_app.command("hf-to-mcore")
+def hf_to_mcore(
+    hf: Annotated[str, typer.Option("--hf", metavar="DIR", help="Hugging Face directory.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint to write.")],
+    dtype: Dtype = "float32",
+    force: Force = False,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
+) -> None:
+    """Turn a Hugging Face directory into a checkpoint that loads at any parallel layout.
+
+    \b
+    Example:
+      nested-reft convert hf-to-mcore --hf models/tiny --output checkpoints/tiny
+    """
+    values = _fields(locals())
+    from nested_reft_mcore.cli.entry import leave
+    from nested_reft_mcore.cli.files import run_hf_to_mcore
+
+    leave(lambda: run_hf_to_mcore(values))
+
+
+@convert_app.command("mcore-to-hf")
+def mcore_to_hf(
+    checkpoint: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint to read.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face directory to write.")],
+    tokenizer_path: TokenizerPath = None,
+    dtype: Dtype = "float32",
+    max_shard_size_mb: Annotated[
+        int,
+        typer.Option(
+            "--max-shard-size", metavar="MB", help="Largest file of weights, in megabytes."
+        ),
+    ] = 5000,
+    force: Force = False,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
+) -> None:
+    """Turn a checkpoint into a Hugging Face directory that transformers loads.
+
+    \b
+    Example:
+      nested-reft convert mcore-to-hf --checkpoint runs/first/checkpoints --output models/mine
+    """
+    values = _fields(locals())
+    from nested_reft_mcore.cli.entry import leave
+    from nested_reft_mcore.cli.files import run_mcore_to_hf
+
+    leave(lambda: run_mcore_to_hf(values))
+
+
+@app.command()
+def doctor(
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Say what is installed, what is missing and what is used instead.
+
+    Leaves with 1 if something that is needed is missing.
+
+    \b
+    Examples:
+      nested-reft doctor
+      nested-reft doctor --json > machine.json
+    """
+    from nested_reft_mcore.launch.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(as_json=json_output))
+
+
+def _fields(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A command's parameters, which are named as the fields of its options, as a plain section."""
+    values = {
+        name: [] if name == "stop_tokens" and v is None else v for name, v in parameters.items()
+    }
+    sizes = (values.pop("tensor_parallel"), values.pop("pipeline_parallel"))
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    return values | {"parallel": dict(zip(names, sizes, strict=True))}

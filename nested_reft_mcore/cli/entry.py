@@ -1,0 +1,154 @@
+"""From a checked configuration to running processes and one exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.layout import check_layout, needed_processes
+from nested_reft_mcore.config.schema import ParallelConfig
+from nested_reft_mcore.launch.context import ParallelContext, RankInfo
+from nested_reft_mcore.launch.exit_codes import ExitCode
+from nested_reft_mcore.launch.ranks import discover_ranks
+from nested_reft_mcore.launch.signals import StopSignals
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+_PEER_LOST = ("closed by peer", "reset by peer", "connection refused", "timed out waiting")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command asks for, before any process is started."""
+
+    parallel: ParallelConfig
+    architecture: ModelArchitecture
+    work: Callable[[ParallelContext, StopSignals], int]
+    """Runs on every process; returns the exit code."""
+    check_batches: Callable[[int], None] | None = None
+    """Refuses batches that so many data-parallel replicas cannot share."""
+    seed: int = 0
+    log_dir: Path | None = None
+    """Where a bare start keeps the output of its processes."""
+    stoppable: bool = False
+    """Whether `work` heeds a request to stop; otherwise SIGTERM ends it at once."""
+
+
+def leave(command: Callable[[], int]) -> NoReturn:
+    """Run a command and leave with its code: a user's mistake is a message, never a traceback."""
+    try:
+        code = command()
+    except UserError as error:
+        # Found before the processes met, so every one of them has found the same.
+        if _rank() == 0:
+            _print_error(error)
+        code = ExitCode.USER_ERROR
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(int(code))
+
+
+def run_job(make: Callable[[], Job]) -> int:
+    """Check a job against the processes there are; start what is missing; run it.
+
+    Started alone, with sizes that need several processes, this starts them on this machine with
+    the same command line, and answers for them. A Slurm step of one task counts as started alone.
+
+    Args:
+        make: reads and checks the configuration.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: the configuration is wrong, or the sizes do not fit.
+    """
+    with StopSignals() as stop:
+        job = make()
+        ranks = discover_ranks(os.environ)
+        alone = ranks is None or (ranks.launcher == "srun" and ranks.world_size == 1)
+        needed = needed_processes(job.parallel)
+        world_size = needed if alone or ranks is None else ranks.world_size
+        data_parallel_size = check_layout(job.architecture, job.parallel, world_size)
+        if job.check_batches is not None:
+            job.check_batches(data_parallel_size)
+        if alone and needed > 1:
+            return _start_local(needed, job.log_dir, stop)
+        if job.stoppable:
+            return _work(job, ranks or _single(), stop)
+    if stop.received is not None:
+        return 128 + stop.received
+    # The handlers that end the process at once are back.
+    return _work(job, ranks or _single(), stop)
+
+
+def _start_local(num_processes: int, log_dir: Path | None, stop: StopSignals) -> int:
+    import torch
+
+    from nested_reft_mcore.launch.spawn import run_local
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else num_processes
+    if devices < num_processes:
+        raise UserError(
+            f"parallel: the sizes need {num_processes} processes with a GPU each, but this machine "
+            f"has {devices}; choose smaller sizes, or use several machines with srun or torchrun"
+        )
+    if stop.requested:
+        return ExitCode.COME_BACK
+    return run_local(sys.argv[1:], num_processes, log_dir=log_dir)
+
+
+def _single() -> RankInfo:
+    """The only process there is; it meets nobody, so the address is never used."""
+    return RankInfo(0, 1, 0, 1, "127.0.0.1", 0, "single")
+
+
+def _work(job: Job, ranks: RankInfo, stop: StopSignals) -> int:
+    """Join the others, work, and part."""
+    from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
+
+    try:
+        context = initialize_parallel(job.parallel, ranks, job.seed)
+        code = job.work(context, stop)
+        shutdown()
+    except UserError as error:
+        # May be this process's own finding, which nobody else would tell.
+        _print_error(error, ranks.rank)
+        return ExitCode.USER_ERROR
+    except Exception as error:
+        traceback.print_exc()
+        return ExitCode.PEER_LOST if _is_lost_peer(error) else ExitCode.FAILURE
+    return code
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because somebody else left or does not answer."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _PEER_LOST)
+
+
+def _rank() -> int:
+    """This process's rank for messages, also where the environment is wrong."""
+    try:
+        ranks = discover_ranks(os.environ)
+    except UserError:
+        return 0
+    return 0 if ranks is None else ranks.rank
+
+
+def _print_error(error: UserError, rank: int = 0) -> None:
+    prefix = f"[rank {rank}] " if rank else ""
+    text = str(error).replace("\n", "\n  ")
+    print(f"{prefix}error: {text}", file=sys.stderr, flush=True)

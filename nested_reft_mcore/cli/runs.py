@@ -1,0 +1,127 @@
+"""The commands that a configuration file describes: train, sft and evaluate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from nested_reft_mcore.cli.entry import Job, run_job
+from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.checkpoint_layout import read_checkpoint_architecture
+from nested_reft_mcore.config.checks import (
+    check_architecture,
+    check_batches,
+    check_depth,
+    check_for_evaluation,
+    check_for_training,
+    check_for_warm_up,
+    check_paths,
+    check_warm_up_batches,
+)
+from nested_reft_mcore.config.load import load_config
+from nested_reft_mcore.config.schema import Config, ModelConfig
+from nested_reft_mcore.hf.config import read_architecture
+from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.launch.signals import StopSignals
+
+
+def run_train(path: Path, overrides: Sequence[str]) -> int:
+    """Reinforced fine-tuning; returns the exit code. Raises UserError."""
+
+    def work(config: Config, context: ParallelContext, stop: StopSignals) -> int:
+        from nested_reft_mcore.training.trainer import train
+
+        return train(config, context, stop)
+
+    def make() -> Job:
+        config, architecture = _read(path, overrides)
+        check_for_training(config)
+        return Job(
+            parallel=config.parallel,
+            architecture=architecture,
+            work=partial(work, config),
+            check_batches=partial(check_batches, config),
+            seed=config.seed,
+            log_dir=_log_dir(config),
+            stoppable=True,
+        )
+
+    return run_job(make)
+
+
+def run_sft(path: Path, overrides: Sequence[str]) -> int:
+    """Supervised warm-up; returns the exit code. Raises UserError."""
+
+    def work(config: Config, context: ParallelContext, stop: StopSignals) -> int:
+        from nested_reft_mcore.training.warmup import warm_up
+
+        return warm_up(config, context, stop)
+
+    def make() -> Job:
+        config, architecture = _read(path, overrides)
+        check_for_warm_up(config)
+        return Job(
+            parallel=config.parallel,
+            architecture=architecture,
+            work=partial(work, config),
+            check_batches=partial(check_warm_up_batches, config),
+            seed=config.seed,
+            log_dir=_log_dir(config),
+            stoppable=True,
+        )
+
+    return run_job(make)
+
+
+def run_evaluate(path: Path, overrides: Sequence[str], output: Path | None) -> int:
+    """Full-depth evaluation; returns the exit code. Raises UserError."""
+
+    def work(config: Config, context: ParallelContext, stop: StopSignals) -> int:
+        from nested_reft_mcore.training.evaluation_run import run_evaluation
+
+        return run_evaluation(config, context, output)
+
+    def make() -> Job:
+        config, architecture = _read(path, overrides)
+        check_for_evaluation(config)
+        return Job(
+            parallel=config.parallel,
+            architecture=architecture,
+            work=partial(work, config),
+            seed=config.seed,
+            log_dir=_log_dir(config),
+        )
+
+    return run_job(make)
+
+
+def model_architecture(model: ModelConfig) -> ModelArchitecture:
+    """The shape of a configuration's model, read without torch.
+
+    Raises:
+        UserError: the directory that should tell it is missing, broken or of an unknown type.
+    """
+    if model.architecture is not None:
+        return model.architecture
+    if model.hf_path is not None:
+        source, architecture = model.hf_path, read_architecture(Path(model.hf_path))
+    else:
+        source = str(model.checkpoint)
+        architecture = read_checkpoint_architecture(source)
+    check_architecture(architecture, source)
+    return architecture
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, ModelArchitecture]:
+    config = load_config(path, overrides)
+    check_paths(config)
+    architecture = model_architecture(config.model)
+    check_depth(config, architecture.num_layers)
+    return config, architecture
+
+
+def _log_dir(config: Config) -> Path:
+    """A directory for the output of this start's processes, beside those of earlier starts."""
+    return Path(config.run_dir) / "logs" / time.strftime("%Y%m%d-%H%M%S")

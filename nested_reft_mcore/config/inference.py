@@ -1,0 +1,164 @@
+"""Options of the commands that work on files: generate, score and convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from nested_reft_mcore.config.base import Section
+from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.schema import ParallelConfig
+
+
+class ModelSource(Section):
+    """Which model to use and how to spread it: exactly one of `hf` and `checkpoint`."""
+
+    hf: str | None = None
+    """Hugging Face directory: architecture, weights and tokenizer."""
+    checkpoint: str | None = None
+    """Checkpoint directory, or a root of some with a `latest` file."""
+    tokenizer_path: str | None = None
+    """Tokenizer directory or sentencepiece `.model` file; default: the model's own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is spread over processes."""
+
+
+class GenerateOptions(ModelSource):
+    """`nested-reft generate`: completions of the prompts in a file."""
+
+    prompts: str
+    """JSON lines with `prompt`, `messages` or `prompt_token_ids`."""
+    output: str
+    """JSON lines with `prompt_token_ids`, `token_ids`, `text` and `finish_reason`."""
+    logprobs: bool = False
+    """Also write `logprobs`, one for each of `token_ids`, of the distribution sampled from."""
+    skip_layers: str | None = None
+    """What not to run: global 0-based layers and parts, as in `3,5.attention,7.mlp`."""
+    skip_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Draw round(skip_ratio * num_layers) layers to skip from the seed."""
+    law: Literal["uniform", "stage_balanced"] = "stage_balanced"
+    """How `skip_ratio` draws layers."""
+    border_layers: int = Field(default=1, ge=0)
+    """Layers at either end that `skip_ratio` never skips."""
+    greedy: bool = False
+    """Take the likeliest token instead of sampling."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
+    top_k: int | None = Field(default=None, gt=0)
+    """Keep the k likeliest tokens."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Keep the smallest set of tokens with this mass."""
+    max_new_tokens: int = Field(default=256, gt=0)
+    """Longest completion."""
+    num_samples: int = Field(default=1, gt=0)
+    """Completions of each prompt."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a completion, beside the tokenizer's end of sequence."""
+    template: Literal["none", "chat"] = "none"
+    """`chat` puts each `prompt` through the chat template; `messages` always go through it."""
+    slots_per_group: int = Field(default=64, gt=0)
+    """Sequences that one pipeline micro-batch decodes together."""
+    seed: int = Field(default=0, ge=0)
+    """Key of the sampling and of the drawn layers."""
+
+
+class ScoreOptions(ModelSource):
+    """`nested-reft score`: log-probabilities of given completions."""
+
+    input: str
+    """JSON lines with `prompt_token_ids` and `token_ids`, or the texts `prompt` and `text`."""
+    output: str
+    """JSON lines with `logprobs`, one for each of `token_ids`, at temperature 1."""
+    skip_layers: str | None = None
+    """What not to run, as in `3,5.attention,7.mlp`; the full model if left out."""
+    batch_size: int = Field(default=8, gt=0)
+    """Sequences in one forward pass."""
+
+
+class HfToMcoreOptions(Section):
+    """`nested-reft convert hf-to-mcore`: a Hugging Face directory becomes a checkpoint."""
+
+    hf: str
+    """Hugging Face directory to read."""
+    output: str
+    """Checkpoint directory to write; loads at any parallel layout."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the written weights."""
+    force: bool = False
+    """Replace a checkpoint that is there."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the work is spread over processes."""
+
+
+class McoreToHfOptions(Section):
+    """`nested-reft convert mcore-to-hf`: a checkpoint becomes a Hugging Face directory."""
+
+    checkpoint: str
+    """Checkpoint directory, or a root of some with a `latest` file."""
+    output: str
+    """Hugging Face directory to write."""
+    tokenizer_path: str | None = None
+    """Tokenizer to put beside the weights; default: the one in the checkpoint, if any."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the written weights."""
+    max_shard_size_mb: int = Field(default=5000, gt=0)
+    """A file of weights holds at most so many megabytes (10^6 bytes), or a single tensor."""
+    force: bool = False
+    """Replace a Hugging Face directory that is there."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the work is spread over processes."""
+
+
+def check_model_source(options: ModelSource) -> None:
+    """Refuse a model with no origin or two.
+
+    Raises:
+        UserError: names what is there.
+    """
+    if (options.hf is None) == (options.checkpoint is None):
+        found = "neither" if options.hf is None else "both"
+        raise UserError(f"expected exactly one of --hf DIR and --checkpoint DIR, got {found}")
+
+
+def check_generate(options: GenerateOptions) -> None:
+    """Refuse options of `generate` that contradict each other, and files that are not there.
+
+    Raises:
+        UserError: names the options and what they say.
+    """
+    check_model_source(options)
+    check_input_file("--prompts", options.prompts)
+    if options.skip_layers is not None and options.skip_ratio is not None:
+        raise UserError("--skip-layers and --skip-ratio are both set; set one of them")
+    if options.greedy and options.num_samples > 1:
+        raise UserError(
+            f"--greedy with --num-samples {options.num_samples}: all completions of a prompt "
+            "would be the same; leave one of them out"
+        )
+    if options.greedy and (options.top_k is not None or options.top_p is not None):
+        raise UserError("--greedy takes the likeliest token; leave --top-k and --top-p out")
+
+
+def check_score(options: ScoreOptions) -> None:
+    """Refuse options of `score` that contradict each other, and files that are not there.
+
+    Raises:
+        UserError: names the options and what they say.
+    """
+    check_model_source(options)
+    check_input_file("--input", options.input)
+
+
+def check_input_file(name: str, path: str) -> None:
+    """Refuse a path that is no file.
+
+    Raises:
+        UserError: names the option or key and the path.
+    """
+    if not Path(path).is_file():
+        found = "is a directory" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"{name} {path}: {found}; expected a file")
