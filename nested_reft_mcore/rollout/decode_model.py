@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int64
@@ -13,6 +13,7 @@ from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.rollout.pipeline_link import PipelineLink
 
 
+@runtime_checkable
 class DecodeCache(Protocol):
     """Keys and values of one slot group, on one process, for the layers that the plan runs."""
 
@@ -24,6 +25,7 @@ class DecodeCache(Protocol):
 Cache = TypeVar("Cache", bound=DecodeCache)
 
 
+@runtime_checkable
 class DecodeModel(Protocol[Cache]):
     """One process of the pipeline; `mcore.decode` implements it over the policy's own weights.
 
