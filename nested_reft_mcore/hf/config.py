@@ -73,12 +73,8 @@ def hf_config(
     Raises:
         UserError: the family of the architecture cannot hold its weights.
     """
+    check_exportable(architecture)
     family = architecture.family
-    if architecture.add_qkv_bias != (family == "qwen2"):
-        raise UserError(
-            f"model.architecture: family {family!r} with add_qkv_bias={architecture.add_qkv_bias} "
-            "has no Hugging Face layout; llama has no bias, qwen2 always has it"
-        )
     config: dict[str, Any] = {
         "architectures": [_CLASS_NAMES[family]],
         "model_type": family,
@@ -109,6 +105,20 @@ def hf_config(
     else:
         config |= {"use_sliding_window": False}
     return config
+
+
+def check_exportable(architecture: ModelArchitecture) -> None:
+    """Refuse an architecture that its family's Hugging Face layout cannot hold.
+
+    Raises:
+        UserError: the QKV bias is not what the family has.
+    """
+    if architecture.add_qkv_bias != (architecture.family == "qwen2"):
+        raise UserError(
+            f"model.architecture: family {architecture.family!r} with "
+            f"add_qkv_bias={architecture.add_qkv_bias} has no Hugging Face layout; llama has no "
+            "bias, qwen2 always has it"
+        )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class HfDirectoryWriter:
         check_output_is_free(output_dir, force=force)
         if max_shard_bytes <= 0:
             raise UserError(f"max shard size: expected more than 0 bytes, found {max_shard_bytes}")
+        output_dir = output_dir.resolve()
         self._output_dir = output_dir
         self._aside = output_dir.parent / f".{output_dir.name}.partial-{os.getpid()}"
         self._dtype = dtype

@@ -11,9 +11,12 @@ from nested_reft_mcore.hf.config import read_json_object
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 GENERATION_CONFIG_FILE = "generation_config.json"
+CHECKPOINT_TOKENIZER_DIRECTORY = "tokenizer"
+"""Where in a checkpoint its tokenizer is kept."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""A directory with one of these is read by transformers."""
 HUGGING_FACE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *TOKENIZER_FILES,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -47,10 +50,10 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
     """
     sentencepiece = _sentencepiece_model(source)
     hugging_face = [source / name for name in HUGGING_FACE_FILES if (source / name).is_file()]
-    if sentencepiece is None and not hugging_face:
+    if not has_tokenizer(source):
         raise UserError(
             f"{source}: no tokenizer; expected a directory with one of "
-            f"{', '.join(HUGGING_FACE_FILES[:2])}, {SENTENCEPIECE_FILE}, or a .model file"
+            f"{', '.join(TOKENIZER_FILES)}, {SENTENCEPIECE_FILE}, or a .model file"
         )
     if sentencepiece is not None:
         shutil.copyfile(sentencepiece, target / SENTENCEPIECE_FILE)
@@ -61,6 +64,18 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
     else:
         content = json.dumps(asdict(special_tokens(source)), indent=2, sort_keys=True)
         (target / GENERATION_CONFIG_FILE).write_text(content + "\n", encoding="utf-8")
+
+
+def has_tokenizer(source: Path) -> bool:
+    """Whether `source` is a sentencepiece model or a directory with a tokenizer in it."""
+    is_hugging_face = any((source / name).is_file() for name in TOKENIZER_FILES)
+    return is_hugging_face or _sentencepiece_model(source) is not None
+
+
+def checkpoint_tokenizer(checkpoint: Path) -> Path | None:
+    """The tokenizer that a checkpoint carries beside its weights, if it does."""
+    directory = checkpoint / CHECKPOINT_TOKENIZER_DIRECTORY
+    return directory if has_tokenizer(directory) else None
 
 
 def special_tokens(source: Path) -> SpecialTokens:
@@ -76,7 +91,7 @@ def special_tokens(source: Path) -> SpecialTokens:
             return SpecialTokens(
                 content.get("bos_token_id"), content["eos_token_id"], content.get("pad_token_id")
             )
-    if any((source / name).is_file() for name in HUGGING_FACE_FILES[:2]):
+    if any((source / name).is_file() for name in TOKENIZER_FILES):
         return _hugging_face_tokens(source)
     sentencepiece = _sentencepiece_model(source)
     return SpecialTokens() if sentencepiece is None else _sentencepiece_tokens(sentencepiece)

@@ -1,0 +1,14 @@
+"""Turn a Hugging Face directory into a checkpoint: `nested-reft convert hf-to-mcore`.
+
+python tools/convert_hf_to_mcore.py --hf DIR --output DIR [--tensor-parallel N]
+    [--pipeline-parallel N] [--dtype float32|bfloat16] [--force]
+"""
+
+import sys
+
+from nested_reft_mcore.cli import main
+
+if __name__ == "__main__":
+    # The processes that a bare start makes run the same command line.
+    sys.argv[1:1] = ["convert", "hf-to-mcore"]
+    main()
