@@ -1,0 +1,129 @@
+"""Write the tables of all options into docs/configuration.md, from the schema's docstrings.
+
+Run it after a change of the schema: `python tools/make_configuration_docs.py`. A test fails while
+the committed page is behind.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from nested_reft_mcore.config.base import Section
+from nested_reft_mcore.config.schema import Config
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+BEGIN = "<!-- options: written by tools/make_configuration_docs.py -->"
+END = "<!-- end of options -->"
+
+
+def render_options() -> str:
+    """A table for every section, in the order of the schema."""
+    top = {name: field for name, field in Config.model_fields.items() if not _section(field)}
+    parts = ["### Top level", "", *_table(top), ""]
+    for name, field in Config.model_fields.items():
+        section = _section(field)
+        if section is not None:
+            parts += _render_section(name, section, field)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def page_with_options(page: str) -> str:
+    """The page with its tables replaced.
+
+    Raises:
+        ValueError: the page lacks the marks between which the tables stand.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{PAGE.name}: expected the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{render_options()}\n{END}{after}"
+
+
+def _render_section(name: str, section: type[Section], field: FieldInfo) -> list[str]:
+    """Heading, description and table of a section, then its inner sections."""
+    about = " ".join((section.__doc__ or "").split())
+    if field.description and field.description != about:
+        about = f"{field.description} {about}"
+    plain = {key: inner for key, inner in section.model_fields.items() if not _section(inner)}
+    # A section may be filled with other defaults than its class has.
+    filled = field.default if isinstance(field.default, Section) else None
+    parts = [f"### {name}", "", about, "", *_table(plain, filled), ""]
+    for key, inner in section.model_fields.items():
+        deeper = _section(inner)
+        if deeper is not None:
+            parts += _render_section(f"{name}.{key}", deeper, inner)
+    return parts
+
+
+def _table(fields: dict[str, FieldInfo], filled: Section | None = None) -> list[str]:
+    rows = ["| option | values | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields.items():
+        if field.is_required():
+            default = "required"
+        else:
+            default = f"`{_plain(getattr(filled, name) if filled else field.default)}`"
+        meaning = (field.description or "").replace("|", "\\|").replace("\n", " ")
+        rows.append(f"| `{name}` | {_values(field)} | {default} | {meaning} |")
+    return rows
+
+
+def _plain(value: Any) -> str:
+    """A default as one writes it in YAML."""
+    if value is PydanticUndefined:
+        return ""
+    if isinstance(value, str):
+        return value or '""'
+    return json.dumps(value)
+
+
+def _values(field: FieldInfo) -> str:
+    """The values that an option takes, in words."""
+    text = _type_name(field.annotation)
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, sign in signs.items()
+        if getattr(limit, name, None) is not None
+    ]
+    if not bounds:
+        return text
+    plain = text.removesuffix(" or null")
+    return f"{plain} {', '.join(bounds)}" + (", or null" if plain != text else "")
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(choice) for choice in arguments)
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}
+    return names.get(annotation, "null" if annotation is type(None) else str(annotation))
+
+
+def _section(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, if it holds one."""
+    for choice in (field.annotation, *get_args(field.annotation)):
+        if isinstance(choice, type) and issubclass(choice, Section):
+            return choice
+    return None
+
+
+def main() -> None:
+    """Bring the page up to date."""
+    PAGE.write_text(page_with_options(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
