@@ -1,0 +1,145 @@
+"""Rollouts on disk, one JSON object per line: to read, and to repeat updates without generating.
+
+A step's rollouts lie in `rollouts/step_000012.dp0.jsonl` below the run directory, one file for each
+data-parallel replica. Every line stands alone. Log-probabilities are written with the digits that
+tell float32 numbers apart, and reading gives the same bits back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.rollout.types import Prompt, Rollout, RolloutBatch, RolloutStats
+
+_FOLDER = "rollouts"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One line."""
+
+    rollout: Rollout
+    reward: float
+    plan: LayerSkipPlan
+
+
+def rollout_file(run_dir: Path, step: int, replica: int) -> Path:
+    """Where a replica's rollouts of a step are kept."""
+    return run_dir / _FOLDER / f"step_{step:06d}.dp{replica}.jsonl"
+
+
+def dump_rollouts(
+    run_dir: Path, step: int, replica: int, batch: RolloutBatch, rewards: Sequence[float]
+) -> Path:
+    """Write a replica's rollouts and their rewards; the file appears whole or not at all.
+
+    Returns its path. Raises ValueError unless there is one reward for each rollout.
+    """
+    if len(rewards) != len(batch.rollouts):
+        raise ValueError(f"{len(batch.rollouts)} rollouts but {len(rewards)} rewards")
+    path = rollout_file(run_dir, step, replica)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".jsonl.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for rollout, reward in zip(batch.rollouts, rewards, strict=True):
+            line = _to_json(step, rollout, float(reward), batch.plan)
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    return path
+
+
+def load_rollouts(
+    run_dir: Path, step: int, prompt_indices: range | None = None
+) -> tuple[RolloutBatch, tuple[float, ...]]:
+    """Read a step's rollouts and rewards, of all replicas or of the prompts in `prompt_indices`.
+
+    The number of replicas that wrote them doesn't matter: rollouts come in the order of the global
+    batch. Time and executions are not recorded, so those statistics are zero. Raises UserError for
+    missing files, unreadable lines, missing prompts and incomplete groups.
+    """
+    pattern = rollout_file(run_dir, step, 0).name.replace("dp0", "dp*")
+    paths = sorted((run_dir / _FOLDER).glob(pattern))
+    if not paths:
+        raise UserError(f"no rollouts of step {step} to replay: {run_dir / _FOLDER}/{pattern}")
+    records = [record for path in paths for record in _read(path)]
+    if prompt_indices is not None:
+        records = [r for r in records if r.rollout.prompt_index in prompt_indices]
+    records.sort(key=lambda record: (record.rollout.prompt_index, record.rollout.sample_index))
+    where = f"{run_dir / _FOLDER}/{pattern}"
+    found = sorted({record.rollout.prompt_index for record in records})
+    expected = list(prompt_indices if prompt_indices is not None else range(len(found)))
+    if not found or found != expected:
+        raise UserError(f"{where}: expected prompts {expected}, found {found}")
+    if len({record.plan for record in records}) != 1:
+        raise UserError(f"{where}: the lines of one step name different plans")
+    rollouts = tuple(record.rollout for record in records)
+    stats = RolloutStats(sum(len(rollout.token_ids) for rollout in rollouts), seconds=0.0)
+    try:
+        batch = RolloutBatch(rollouts, len(records) // len(found), records[0].plan, stats)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    return batch, tuple(record.reward for record in records)
+
+
+def _to_json(step: int, rollout: Rollout, reward: float, plan: LayerSkipPlan) -> dict[str, Any]:
+    return {
+        "step": step,
+        "prompt_index": rollout.prompt_index,
+        "sample_index": rollout.sample_index,
+        "prompt": rollout.prompt.text,
+        "completion": rollout.text,
+        "answer": rollout.prompt.answer,
+        "reward": reward,
+        "finish_reason": rollout.finish_reason,
+        "plan": plan.to_dict(),
+        "source": rollout.prompt.source,
+        "prompt_token_ids": rollout.prompt.token_ids,
+        "token_ids": rollout.token_ids,
+        "behavior_logprobs": [_shortest_float32(value) for value in rollout.behavior_logprobs],
+    }
+
+
+def _shortest_float32(value: float) -> float:
+    """The number with the fewest digits that rounds to the same float32."""
+    return float(str(np.float32(value)))
+
+
+def _read(path: Path) -> list[_Record]:
+    records = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                records.append(_from_json(json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}:{number}: not a dumped rollout: {error!r}") from error
+    return records
+
+
+def _from_json(line: dict[str, Any]) -> _Record:
+    prompt = Prompt(
+        token_ids=tuple(line["prompt_token_ids"]),
+        text=line["prompt"],
+        answer=line["answer"],
+        source=line["source"],
+    )
+    rollout = Rollout(
+        prompt=prompt,
+        prompt_index=line["prompt_index"],
+        sample_index=line["sample_index"],
+        token_ids=tuple(line["token_ids"]),
+        behavior_logprobs=tuple(float(np.float32(v)) for v in line["behavior_logprobs"]),
+        finish_reason=line["finish_reason"],
+        text=line["completion"],
+    )
+    return _Record(rollout, line["reward"], LayerSkipPlan.from_dict(line["plan"]))
