@@ -39,7 +39,9 @@ class SpecialTokens:
 def copy_tokenizer_files(source: Path, target: Path) -> None:
     """Copy a tokenizer, and the generation config beside it, into directory `target`.
 
-    Without a generation config one is written that knows the special tokens.
+    Without a generation config one is written that knows the special tokens. A sentencepiece model
+    is copied as it is; whether transformers' AutoTokenizer reads it rightly depends on its kind
+    (a `word` model it does not), sentencepiece and `load_tokenizer` always do.
 
     Args:
         source: a directory, or a sentencepiece `.model` file, which becomes `tokenizer.model`.
