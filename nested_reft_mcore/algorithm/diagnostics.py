@@ -70,7 +70,8 @@ def ratio_p05(log_ratios: Float[Tensor, " tokens"], quantile: float = 0.05) -> f
     """
     if log_ratios.numel() == 0:
         return math.nan
-    rank = max(1, math.ceil(quantile * log_ratios.numel()))
+    # 0.05 * 140 is 7.000000000000001 in floats, and its rank is 7.
+    rank = max(1, math.ceil(quantile * log_ratios.numel() - 1e-9))
     return float(torch.kthvalue((-log_ratios.double().abs()).exp(), rank).values)
 
 

@@ -82,7 +82,7 @@ def log_importance_ratio(
         )
     difference = numerator_logprobs.detach() - denominator_logprobs.detach()
     kept = mask & torch.isfinite(difference)
-    # Filling comes before the subtraction that gradients flow through.
+    # Filled before the arithmetic: no NaN is ever multiplied by the zero of a dropped position.
     values = fill_masked(numerator_logprobs, kept) - fill_masked(denominator_logprobs, kept)
     return LogRatio(values.clamp(-clamp, clamp), kept, (mask & ~kept).sum())
 

@@ -161,7 +161,7 @@ def solve(inputs: dict, case: dict) -> dict:
         "num_tokens": n,
         "gradient": gradient,
         "metrics": metrics,
-        "ratio_p05": closeness[max(1, math.ceil(0.05 * n)) - 1],
+        "ratio_p05": closeness[-(-n // 20) - 1],
     }
 
 

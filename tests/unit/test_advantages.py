@@ -36,8 +36,9 @@ def test_dr_grpo_only_centres():
 @pytest.mark.parametrize("method", ["grpo", "dr_grpo"])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.3, 1e30, 1e-30])
 @pytest.mark.parametrize("size", [1, 3, 7, 10])
-def test_equal_rewards_give_exactly_zero(method, value, size):
-    rewards = torch.full((2 * size,), value)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_exactly_zero(method, value, size, dtype):
+    rewards = torch.full((2 * size,), value, dtype=dtype)
     rewards[size:] += 1.0
     got = group_relative_advantages(rewards, method, group_size=size)
     assert got.tolist() == [0.0] * (2 * size)

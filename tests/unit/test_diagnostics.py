@@ -111,6 +111,12 @@ def test_ratio_p05_is_the_nearest_rank():
     assert math.isnan(ratio_p05(torch.tensor([])))
 
 
+@pytest.mark.parametrize(("num_tokens", "rank"), [(1, 1), (20, 1), (21, 2), (140, 7), (141, 8)])
+def test_ratio_p05_rounds_the_rank_up(num_tokens, rank):
+    log_ratios = -torch.arange(num_tokens, dtype=torch.float64) / 100
+    assert ratio_p05(log_ratios) == pytest.approx(math.exp(-(num_tokens - rank) / 100))
+
+
 def test_ratio_p05_does_not_depend_on_order():
     values = [0.5, -3.0, 0.1, 0.0]
     got = {ratio_p05(torch.tensor(order)) for order in itertools.permutations(values)}
