@@ -31,10 +31,8 @@ class Record:
         value = self._get(key)
         if not isinstance(value, str):
             raise self.wrong(key, value, "a string")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise self.wrong(key, value, "text without lone surrogates") from error
+        if not is_unicode(value):
+            raise self.wrong(key, value, "text without lone surrogates")
         return value
 
     def number_or_text(self, key: str) -> str:
@@ -44,7 +42,7 @@ class Record:
             raise self.wrong(key, value, "a number or a string")
         return self.text(key) if isinstance(value, str) else str(value)
 
-    def list(self, key: str) -> list[Any]:
+    def array(self, key: str) -> list[Any]:
         """The list under `key`. UserError if it is missing or something else."""
         value = self._get(key)
         if not isinstance(value, list):
@@ -75,6 +73,15 @@ class Record:
                 return None
             value = value.get(part)
         return value
+
+
+def is_unicode(text: str) -> bool:
+    r"""Whether `text` can be written as UTF-8: JSON's `\ud800` alone cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json_lines(path: str | Path, limit: int | None = None) -> Iterator[Record]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import DataConfig
-from nested_reft_mcore.data.jsonl import Record, read_json_lines
+from nested_reft_mcore.data.jsonl import Record, is_unicode, read_json_lines
 from nested_reft_mcore.data.prompt import Prompt
 from nested_reft_mcore.data.tokenizers import Message, Tokenizer
 
@@ -106,7 +106,7 @@ def _request(record: Record, tokenizer: Tokenizer, largest_id: int) -> Prompt:
         text = record.text("prompt")
         token_ids = tuple(tokenizer.encode(text))
     elif given == ["messages"]:
-        token_ids = tuple(tokenizer.apply_chat_template(_messages(record)))
+        token_ids = _encode_messages(record, tokenizer)
         text = tokenizer.decode(token_ids)
     else:
         token_ids = token_id_list(record, "prompt_token_ids", largest_id)
@@ -119,19 +119,24 @@ def _request(record: Record, tokenizer: Tokenizer, largest_id: int) -> Prompt:
 
 def token_id_list(record: Record, key: str, largest_id: int) -> tuple[int, ...]:
     """The token ids under `key`; UserError unless all are integers within the vocabulary."""
-    values = record.list(key)
+    values = record.array(key)
     for value in values:
         if type(value) is not int or not 0 <= value <= largest_id:
             raise record.wrong(key, value, f"token ids from 0 to {largest_id}")
     return tuple(values)
 
 
-def _messages(record: Record) -> list[Message]:
-    """The turns under `messages`; UserError unless each has a role and content as strings."""
-    turns = record.list("messages")
+def _encode_messages(record: Record, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The chat under `messages`; UserError unless each turn has a role and content as strings."""
+    turns = record.array("messages")
     for turn in turns:
         if not isinstance(turn, dict) or not all(
             isinstance(turn.get(name), str) for name in ("role", "content")
         ):
             raise record.wrong("messages", turn, "turns of the form {role: ..., content: ...}")
-    return turns
+        if not is_unicode(turn["content"]):
+            raise record.wrong("messages", turn, "text without lone surrogates")
+    try:
+        return tuple(tokenizer.apply_chat_template(turns))
+    except UserError as error:
+        raise UserError(f"{record.source}: {error}") from error
