@@ -35,6 +35,7 @@ def install() -> bool:
         return False
     # Megatron decorates functions with torch.compile while it is imported, so it comes first.
     import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
+    import megatron.core.dist_checkpointing.strategies.torch
     import megatron.core.distributed
     import megatron.core.models.gpt
     import megatron.core.optimizer

@@ -34,8 +34,7 @@ def load_hf_weights(policy: Policy, hf_dir: Path) -> None:
     """Fill every parameter of this process from a Hugging Face directory.
 
     A stage's copy of tied embeddings is filled too; rows that pad the vocabulary become zero.
-    Weights take the policy's dtype. An optimizer with masters of its own has to be made, or told,
-    afterwards.
+    Weights take the policy's dtype. The optimizer is made afterwards: it copies them.
 
     Raises:
         UserError: tensors are missing, unexpected or of another shape than the architecture's.
@@ -49,7 +48,6 @@ def load_hf_weights(policy: Policy, hf_dir: Path) -> None:
             entry = mapping.by_mcore_name[name]
             _check_shapes(policy, entry, reader, hf_dir)
             parameter.copy_(_read_shard(policy, entry, reader))
-    policy.sync_parameters()
 
 
 def export_hf_weights(

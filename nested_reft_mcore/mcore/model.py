@@ -127,6 +127,7 @@ def build_policy(
 ) -> Policy:
     """Build this process's part of the model. Weights are left for `mcore.weights` or a checkpoint."""
     config = transformer_config(architecture, model, parallel)
+    is_tied = not architecture.untie_embeddings_and_output_weights
     num_chunks = context.num_chunks
     chunks = []
     for index in range(num_chunks):
@@ -138,7 +139,7 @@ def build_policy(
             pre_process=context.is_first_stage and index == 0,
             post_process=context.is_last_stage and index == num_chunks - 1,
             parallel_output=True,
-            share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,
+            share_embeddings_and_output_weights=is_tied,
             position_embedding_type="rope",
             rotary_base=architecture.rotary_base,
             vp_stage=index if num_chunks > 1 else None,
@@ -177,9 +178,9 @@ def _mark_tensor_parallel(chunk: GPTModel) -> None:
 def _guard_output(chunk: GPTModel) -> None:
     """Give a chunk an output that the pipeline schedule may free once it is sent.
 
-    Where all layers are skipped the output is the very tensor that the previous stage sent: freeing
-    it would silently make gradients wrong. Where the last MLP is skipped it can be a view, which the
-    schedule refuses to free.
+    Where all layers are skipped the output is the very tensor that the previous stage sent:
+    freeing it would silently make gradients wrong. Where the last MLP is skipped it can be a view,
+    which the schedule refuses to free.
     """
 
     def own_output(module: Any, _args: Any, _kwargs: Any, output: Any) -> Any:

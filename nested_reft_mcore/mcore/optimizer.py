@@ -97,6 +97,17 @@ class PolicyOptimizer:
         self.scheduler.step(increment=1)
         return StepOutcome(applied, norm, lr)
 
+    def prepare_for_loading(self) -> None:
+        """Give the distributed optimizer the state that a checkpoint is loaded into.
+
+        With torch's AdamW, Megatron's stand-in for TE's or apex's, it has none before its first
+        step, and then misses the `step` that each parameter keeps.
+        """
+        for part in self.parts if self.config.use_distributed_optimizer else ():
+            part.init_state_fn(part.optimizer)
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
     def _clip(self, norm: float) -> None:
         if self.config.clip_grad == 0:
             return

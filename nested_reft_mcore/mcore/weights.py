@@ -18,12 +18,12 @@ _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 def named_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """This process's parameters under names with global layer numbers."""
     for chunk in policy.chunks:
-        layers = chunk.decoder.layers
         for name, parameter in chunk.named_parameters():
-            yield (
-                _LAYER.sub(lambda match: str(layers[int(match.group())].global_index), name),
-                parameter,
-            )
+            match = _LAYER.search(name)
+            if match:
+                index = chunk.decoder.layers[int(match.group())].global_index
+                name = f"{name[: match.start()]}{index}{name[match.end() :]}"
+            yield name, parameter
 
 
 def initialize_weights(policy: Policy, seed: int) -> None:
