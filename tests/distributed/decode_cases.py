@@ -26,8 +26,10 @@ from nested_reft_mcore.rollout.engine import RolloutEngine
 from nested_reft_mcore.rollout.types import Prompt, RolloutBatch, SamplingParams
 
 TEMPERATURE = 0.8
-PLANS = ("none", "1,2,5", "1.attention,3.mlp,4,6.attention", "2.attention,5.attention", "4,5,6,7")
-"""Nothing; scattered layers; parts; attention alone; the whole second stage of two."""
+PLANS = ("none", "1.attention,3.mlp,4,6.attention", "2.attention,5.attention", "4,5,6,7")
+"""Nothing; a layer and parts; attention alone; the whole second stage of two."""
+SLOT_CASES = ("tied/none", f"tied/{PLANS[1]}")
+"""Where few slots are tried too."""
 LENGTHS = (4, 2, 7, 3)
 """Tokens of each prompt."""
 GROUP_SIZE = 3
@@ -87,7 +89,7 @@ def decode_layout(ranks: RankInfo, options: dict[str, Any]) -> Decoded:
         randomize_norms_and_biases(policy)
         decoder = PolicyDecoder(policy)
         check_storage_is_shared(policy, decoder)
-        for text in PLANS if shape_name == "tied" else PLANS[:2]:
+        for text in PLANS if shape_name == "tied" else PLANS[:1]:
             plan = LayerSkipPlan.parse(text, shape.num_layers)
             with policy.nested(plan):
                 run_plan(policy, decoder, plan, f"{shape_name}/{text}", found)
@@ -101,7 +103,9 @@ def run_plan(
 ) -> None:
     """Generate in every way, compare with the uncached forward, decode given sequences."""
     for kind, sampling in samplings().items():
-        for slots in (64, 5, 2) if kind == "sampled" else (64,):
+        if kind != "sampled" and plan.num_skipped:
+            continue
+        for slots in (64, 5, 2) if kind == "sampled" and name in SLOT_CASES else (64,):
             batch = RolloutEngine(slots).generate(
                 decoder, prompts(), GROUP_SIZE, sampling, plan, first_prompt_index=10
             )
@@ -110,7 +114,7 @@ def run_plan(
                 (r.token_ids, r.behavior_logprobs, r.finish_reason) for r in batch.rollouts
             ]
             found.executions[key] = (batch.stats.attention_executions, batch.stats.mlp_executions)
-            if kind != "truncated":
+            if key.endswith(("sampled/64", "greedy/64")):
                 found.uncached_gap[key] = uncached_gap(policy, batch)
     sequences = given_sequences()
     logits = cached_logits(decoder, sequences)
@@ -125,7 +129,7 @@ def uncached_gap(policy: Policy, batch: RolloutBatch) -> float:
     rows = TrainingBatch.from_rollouts(
         batch.rollouts, torch.zeros(len(batch.rollouts)), pad_token_id=0
     )
-    uncached = forward_logprobs(policy, rows, micro_batch_size=4, temperature=TEMPERATURE)
+    uncached = forward_logprobs(policy, rows, micro_batch_size=6, temperature=TEMPERATURE)
     return float((uncached - rows.behavior_logprobs)[rows.response_mask].abs().max())
 
 
