@@ -22,7 +22,8 @@ from nested_reft_mcore.launch.signals import StopSignals
 if TYPE_CHECKING:
     from typing import NoReturn
 
-_PEER_LOST = ("closed by peer", "reset by peer", "connection refused", "timed out waiting")
+_PEER_LEFT = ("closed by peer", "reset by peer", "connection refused")
+_PEER_HANGS = ("timed out waiting", "timeout")
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,16 @@ def leave(command: Callable[[], int]) -> NoReturn:
         code = command()
     except UserError as error:
         # Found before the processes met, so every one of them has found the same.
-        if _rank() == 0:
+        if _rank_and_size()[0] == 0:
             _print_error(error)
         code = ExitCode.USER_ERROR
     except KeyboardInterrupt:
         code = 130
+    if code not in (ExitCode.OK, ExitCode.COME_BACK) and _rank_and_size()[1] > 1:
+        # Clean-up could wait for processes that are gone, and the failure would never be seen.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(code))
     sys.exit(int(code))
 
 
@@ -124,28 +130,32 @@ def _work(job: Job, ranks: RankInfo, stop: StopSignals) -> int:
         _print_error(error, ranks.rank)
         return ExitCode.USER_ERROR
     except Exception as error:
-        traceback.print_exc()
-        return ExitCode.PEER_LOST if _is_lost_peer(error) else ExitCode.FAILURE
+        return _explain(error, ranks)
     return code
 
 
-def _is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because somebody else left or does not answer."""
+def _explain(error: Exception, ranks: RankInfo) -> ExitCode:
+    """Print an unforeseen error; tell one of our own from the loss of another process."""
     import torch.distributed as dist
 
-    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
-        return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _PEER_LOST)
+    from_collective = isinstance(error, dist.DistError) or type(error) is RuntimeError
+    if from_collective and any(sign in text for sign in _PEER_LEFT):
+        # The cause is with the one that left; where this process was waiting says nothing.
+        print(f"[rank {ranks.rank}] another process left", file=sys.stderr, flush=True)
+        return ExitCode.PEER_LOST
+    traceback.print_exception(error)
+    hangs = from_collective and any(sign in text for sign in _PEER_HANGS)
+    return ExitCode.PEER_LOST if hangs else ExitCode.FAILURE
 
 
-def _rank() -> int:
-    """This process's rank for messages, also where the environment is wrong."""
+def _rank_and_size() -> tuple[int, int]:
+    """This process among the launched ones, for messages; alone where the environment is wrong."""
     try:
         ranks = discover_ranks(os.environ)
     except UserError:
-        return 0
-    return 0 if ranks is None else ranks.rank
+        return 0, 1
+    return (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
 
 
 def _print_error(error: UserError, rank: int = 0) -> None:
