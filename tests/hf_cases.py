@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
+from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
 from nested_reft_mcore.hf.config import read_architecture
 from nested_reft_mcore.launch.context import RankInfo
@@ -132,6 +134,9 @@ def load_score_export(
             logprobs[f"{layout}/{case}"] = scores.tolist()
             export_hf_weights(policy, target / layout / str(case))
             assert (target / layout / str(case) / "config.json").exists()
+            # Rank 0 finds it; nobody may be left waiting for the others.
+            with pytest.raises(UserError, match="not empty"):
+                export_hf_weights(policy, target / layout / str(case))
         parallel_state.destroy_model_parallel()
     shutdown()
     return logprobs
