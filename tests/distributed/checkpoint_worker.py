@@ -30,7 +30,7 @@ def _step(policy: Policy, optimizer: PolicyOptimizer) -> Outcome:
 def save(
     ranks: RankInfo, options: dict[str, Any], optimizer_options: dict[str, Any], root: Path
 ) -> None:
-    """Two steps, save, a third step; the reference of that third step lands beside the checkpoint."""
+    """Two steps, save, a third step whose result lands beside the checkpoint."""
     parallel = ParallelConfig(**options)
     context = initialize_parallel(parallel, ranks, seed=0)
     config = OptimizerConfig(lr=1e-2, lr_warmup_steps=2, **optimizer_options)
@@ -48,7 +48,7 @@ def save(
 def load(
     ranks: RankInfo, options: dict[str, Any], optimizer_options: dict[str, Any], root: Path
 ) -> float:
-    """Load into a fresh policy, take the third step and return the largest mean difference of a weight."""
+    """Load into a fresh policy, take the third step; returns the largest mean difference."""
     parallel = ParallelConfig(**options)
     context = initialize_parallel(parallel, ranks, seed=0)
     config = OptimizerConfig(lr=1e-2, lr_warmup_steps=2, **optimizer_options)

@@ -1,0 +1,86 @@
+"""A policy with its weights and tokenizer, wherever they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.checkpoint_layout import (
+    read_checkpoint_architecture,
+    resolve_checkpoint,
+)
+from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
+from nested_reft_mcore.data.tokenizers import Tokenizer, load_tokenizer
+from nested_reft_mcore.hf.config import read_architecture
+from nested_reft_mcore.hf.tokenizer_files import checkpoint_tokenizer
+from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.mcore.checkpoint import load_weights
+from nested_reft_mcore.mcore.hf_weights import load_hf_weights
+from nested_reft_mcore.mcore.model import Policy, build_policy
+from nested_reft_mcore.mcore.weights import initialize_weights
+
+
+def load_policy(
+    model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, seed: int = 0
+) -> Policy:
+    """Build the policy and fill it; every process calls it and reads its own share.
+
+    Raises:
+        UserError: the directory is missing, broken, or holds something else.
+    """
+    policy = build_policy(_architecture(model), model, parallel, context)
+    if model.hf_path is not None:
+        load_hf_weights(policy, Path(model.hf_path))
+    elif model.checkpoint is not None:
+        load_weights(policy, model.checkpoint)
+    else:
+        initialize_weights(policy, seed)
+    return policy
+
+
+def find_tokenizer(model: ModelConfig, tokenizer_path: str | None) -> Path:
+    """Where the tokenizer is: as given, else the model's own.
+
+    Raises:
+        UserError: the model has none.
+    """
+    if tokenizer_path is not None:
+        return Path(tokenizer_path)
+    if model.hf_path is not None:
+        return Path(model.hf_path)
+    if model.checkpoint is not None:
+        found = checkpoint_tokenizer(resolve_checkpoint(model.checkpoint))
+        if found is not None:
+            return found
+        raise UserError(
+            f"{model.checkpoint}: has no tokenizer; give one by data.tokenizer_path "
+            "(--tokenizer on the command line)"
+        )
+    raise UserError("data.tokenizer_path is missing: a model with fresh weights has no tokenizer")
+
+
+def load_policy_tokenizer(
+    model: ModelConfig, tokenizer_path: str | None, architecture: ModelArchitecture
+) -> Tokenizer:
+    """The tokenizer, checked against the policy's vocabulary.
+
+    Raises:
+        UserError: there is none, or it has ids that the policy lacks.
+    """
+    path = find_tokenizer(model, tokenizer_path)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise UserError(
+            f"{path}: has {tokenizer.vocab_size} tokens, the model's vocab_size is "
+            f"{architecture.vocab_size}; expected at most that many"
+        )
+    return tokenizer
+
+
+def _architecture(model: ModelConfig) -> ModelArchitecture:
+    if model.architecture is not None:
+        return model.architecture
+    if model.hf_path is not None:
+        return read_architecture(Path(model.hf_path))
+    return read_checkpoint_architecture(str(model.checkpoint))
