@@ -1,1 +1,1 @@
-"""Typed configuration: schema, strict loading, and the errors a user can cause. Imports without torch."""
+"""Typed configuration: schema, strict loading, and a user's errors. Imports without torch."""

@@ -14,7 +14,7 @@ class ModelConfig(Section):
     hf_path: str | None = None
     """Hugging Face directory: its architecture, weights and tokenizer."""
     checkpoint: str | None = None
-    """Checkpoint directory of `sft`, `train` or `convert`: weights and architecture, not the step."""
+    """Checkpoint of `sft`, `train` or `convert`: its weights and architecture, not its step."""
     architecture: ModelArchitecture | None = None
     """Shape of a model with fresh weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -237,7 +237,7 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept."""
     resume: str = "auto"
-    """`auto` continues the run directory's latest checkpoint if there is one; `never`; or a path."""
+    """`auto` continues the run directory's latest checkpoint if there is one; `never`; a path."""
     export_hf: bool = False
     """Write a Hugging Face directory at the end of the run."""
 

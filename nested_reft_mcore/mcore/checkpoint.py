@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def save_checkpoint(
     optimizer: PolicyOptimizer | None,
     state: dict[str, Any],
     keep: int,
+    add_files: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `root/step_<step>` aside, rename it, then move `latest`; drop all but `keep` newest.
 
@@ -48,12 +49,15 @@ def save_checkpoint(
         optimizer: Left out where only weights are wanted.
         state: JSON values that come back from `load_checkpoint`.
         keep: Newest checkpoints to keep.
+        add_files: Called by one process with the directory before it gets its name.
 
     Raises:
         RuntimeError: the policy is nested at the moment.
     """
     final = root / f"step_{step:08d}"
-    save_weights(policy, final, optimizer=optimizer, state={"step": step, **state})
+    save_weights(
+        policy, final, optimizer=optimizer, state={"step": step, **state}, add_files=add_files
+    )
     if policy.context.is_main:
         _write_whole(root / LATEST_FILE, final.name + "\n")
         for old in sorted(root.glob("step_*"))[:-keep]:
@@ -70,6 +74,7 @@ def save_weights(
     *,
     optimizer: PolicyOptimizer | None = None,
     state: dict[str, Any] | None = None,
+    add_files: Callable[[Path], None] | None = None,
 ) -> None:
     """Write one checkpoint directory; an older one of the same name is replaced."""
     if policy.plan.skipped:
@@ -85,6 +90,8 @@ def save_weights(
         architecture = policy.architecture.model_dump_json(indent=2)
         _write_whole(partial / ARCHITECTURE_FILE, architecture + "\n")
         _write_whole(partial / STATE_FILE, json.dumps(state or {}, indent=2) + "\n")
+        if add_files is not None:
+            add_files(partial)
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)
@@ -129,7 +136,7 @@ def _load(policy: Policy, optimizer: PolicyOptimizer | None, directory: Path) ->
     if optimizer is not None:
         optimizer.prepare_for_loading()
     with _weights_only_loading():
-        loaded = dist_checkpointing.load(
+        loaded: Any = dist_checkpointing.load(
             _sharded_state(policy, optimizer, is_loading=True), str(directory)
         )
     for name, chunk in zip(_chunk_names(policy), policy.chunks, strict=True):

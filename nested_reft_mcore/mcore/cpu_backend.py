@@ -1,9 +1,10 @@
 """Everything CUDA-only that Megatron-Core touches on a machine without CUDA.
 
 Megatron-Core 0.16.1 names CUDA in its source: `device="cuda"` in tensor factories,
-`torch.cuda.current_device()`, type names such as `torch.cuda.FloatTensor`. `install` gives Megatron's
-own modules a view of torch in which these mean the CPU; torch itself stays as it is for everybody
-else, but for two methods of `Tensor` that cannot be reached another way. With CUDA it does nothing.
+`torch.cuda.current_device()`, type names such as `torch.cuda.FloatTensor`. `install` gives the
+modules of Megatron a view of torch in which these mean the CPU; torch itself stays as it is for
+everybody else, but for two methods of `Tensor` that cannot be reached another way. With CUDA it
+does nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 
 _FACTORIES = (
-    "tensor zeros ones empty full arange rand randn randint eye "
-    "zeros_like ones_like empty_like full_like as_tensor linspace"
-).split()
+    *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye"),
+    *("rand", "randn", "randint", "zeros_like", "ones_like", "empty_like", "full_like"),
+)
 _CPU = torch.device("cpu")
 
 

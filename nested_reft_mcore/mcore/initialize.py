@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ def initialize_parallel(parallel: ParallelConfig, ranks: RankInfo, seed: int) ->
         dist.init_process_group(
             backend="nccl" if has_cuda else "gloo",
             init_method="env://" if ranks.world_size > 1 else None,
-            store=None if ranks.world_size > 1 else dist.HashStore(),
+            store=None if ranks.world_size > 1 else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage],
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=datetime.timedelta(minutes=parallel.timeout_minutes),
@@ -75,7 +76,7 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _dimension(group: dist.ProcessGroup) -> ParallelDimension:
+def _dimension(group: Any) -> ParallelDimension:
     size = dist.get_world_size(group)
     return ParallelDimension(
         rank=dist.get_rank(group),

@@ -20,12 +20,11 @@ from megatron.core.utils import make_viewless_tensor
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
+from nested_reft_mcore.hf.transforms import padded_vocab_size
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore import cpu_backend
 from nested_reft_mcore.mcore.nested_layer import NestedTransformerLayer
 from nested_reft_mcore.mcore.transformer_config import block_spec, transformer_config
-
-_VOCAB_MULTIPLE = 128
 
 
 class Policy:
@@ -59,7 +58,8 @@ class Policy:
     @property
     def layers(self) -> list[NestedTransformerLayer]:
         """This process's layers, of all its chunks."""
-        return [layer for chunk in self.chunks for layer in chunk.decoder.layers]
+        layers: list[Any] = [layer for chunk in self.chunks for layer in chunk.decoder.layers]
+        return layers
 
     @property
     def padded_vocab_size(self) -> int:
@@ -81,7 +81,8 @@ class Policy:
         """
         if plan.num_layers != self.architecture.num_layers:
             raise ValueError(
-                f"plan is for {plan.num_layers} layers, the policy has {self.architecture.num_layers}"
+                f"the plan is for {plan.num_layers} layers, the policy has "
+                f"{self.architecture.num_layers}"
             )
         outer = self.plan
         self._apply(plan)
@@ -107,12 +108,6 @@ class Policy:
             layer.skip_mlp = plan.skips_mlp(layer.global_index)
 
 
-def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Megatron's vocabulary: rounded up to a multiple of 128 for each tensor-parallel rank."""
-    multiple = _VOCAB_MULTIPLE * tensor_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
 def stage_of_layer(num_layers: int, pipeline_size: int, num_chunks: int) -> tuple[int, ...]:
     """The pipeline rank of each global layer; chunk v of rank p follows chunk v of rank p - 1."""
     per_chunk = num_layers // (pipeline_size * num_chunks)
@@ -125,15 +120,16 @@ def build_policy(
     parallel: ParallelConfig,
     context: ParallelContext,
 ) -> Policy:
-    """Build this process's part of the model. Weights are left for `mcore.weights` or a checkpoint."""
+    """Build this process's part of the model, weights left to `mcore.weights` or a checkpoint."""
     config = transformer_config(architecture, model, parallel)
     is_tied = not architecture.untie_embeddings_and_output_weights
     num_chunks = context.num_chunks
     chunks = []
     for index in range(num_chunks):
+        layers: Any = block_spec(config, model, index if num_chunks > 1 else None)
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(config, model, index if num_chunks > 1 else None),
+            transformer_layer_spec=layers,
             vocab_size=padded_vocab_size(architecture.vocab_size, context.tensor.size),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=context.is_first_stage and index == 0,
@@ -141,7 +137,7 @@ def build_policy(
             parallel_output=True,
             share_embeddings_and_output_weights=is_tied,
             position_embedding_type="rope",
-            rotary_base=architecture.rotary_base,
+            rotary_base=architecture.rotary_base,  # pyright: ignore[reportArgumentType]
             vp_stage=index if num_chunks > 1 else None,
         )
         if torch.cuda.is_available():

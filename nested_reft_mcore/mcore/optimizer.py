@@ -35,7 +35,7 @@ class PolicyOptimizer:
 
     def __init__(self, policy: Policy, config: OptimizerConfig, num_steps: int) -> None:
         self.config = config
-        config_of_model = policy.transformer_config
+        config_of_model: Any = policy.transformer_config
         policy.ddp_chunks = [
             DistributedDataParallel(
                 config_of_model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -18,20 +18,20 @@ from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.batch import TrainingBatch
 
 Value = TypeVar("Value")
-LossFunction = Callable[[Tensor, Tensor, TrainingBatch], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""(log-probs, entropies, micro-batch) to (loss sum, number of tokens, metric sums)."""
+LossFunction = Callable[[Tensor, Tensor, TrainingBatch], tuple[Tensor, Tensor, Any]]
+"""(log-probs, entropies, micro-batch) to (loss sum, number of tokens, anything to hand back)."""
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass over this replica's batch gave, the same on every pipeline stage."""
+    """What a pass over this replica's batch gave."""
 
     logprobs: Tensor
-    """`[batch, seq]` float32 on the CPU: target log-probabilities before the update."""
+    """`[batch, seq]` float32 on the CPU, on every stage: of the labels, before the update."""
     entropies: Tensor
-    """`[batch, seq]` float32 on the CPU."""
-    metric_sums: dict[str, float]
-    """Sums over this replica's tokens, as the loss function named them."""
+    """`[batch, seq]` float32 on the CPU, on every stage."""
+    outputs: list[Any]
+    """What the loss function handed back for each micro-batch; empty but on the last stage."""
 
 
 def forward_logprobs(
@@ -44,7 +44,7 @@ def forward_logprobs(
     """
 
     def no_loss(logprobs: Tensor, _entropies: Tensor, _batch: TrainingBatch) -> Any:
-        return logprobs.sum(), torch.ones((), dtype=torch.int, device=logprobs.device), {}
+        return logprobs.sum(), torch.ones((), dtype=torch.int, device=logprobs.device), None
 
     return run_batch(
         policy,
@@ -91,8 +91,8 @@ def run_batch(
             tensor=context.tensor,
         )
         collected.append((logprobs.detach(), entropies.detach()))
-        loss_sum, num_tokens, metrics = loss(logprobs, entropies, micro_batch)
-        return loss_sum, num_tokens.to(torch.int), metrics
+        loss_sum, num_tokens, output = loss(logprobs, entropies, micro_batch)
+        return loss_sum, num_tokens.to(torch.int), output
 
     def forward_step(batches: Iterator[TrainingBatch], chunk: Any) -> tuple[Tensor, Any]:
         micro_batch = next(batches).to(context.device)
@@ -101,7 +101,7 @@ def run_batch(
 
     modules = policy.modules
     with torch.set_grad_enabled(not forward_only):
-        metrics = get_forward_backward_func()(
+        outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(micro_batches) for _ in modules],
             model=modules,
@@ -115,7 +115,7 @@ def run_batch(
     if context.is_last_stage:
         scores = torch.stack([torch.cat(column) for column in zip(*collected, strict=True)])
     logprobs, entropies = _from_last_stage(scores, context).cpu()[:, : len(batch)]
-    return PassResult(logprobs, entropies, _share_sums(metrics, context))
+    return PassResult(logprobs, entropies, outputs if context.is_last_stage else [])
 
 
 def _whole_schedule(
@@ -135,17 +135,6 @@ def _from_last_stage(values: Tensor, context: ParallelContext) -> Tensor:
     if context.pipeline.group is not None:
         dist.broadcast(values, src=context.pipeline.ranks[-1], group=context.pipeline.group)
     return values
-
-
-def _share_sums(
-    micro_batches: Sequence[dict[str, Tensor]], context: ParallelContext
-) -> dict[str, float]:
-    """Add up the last stage's metrics and give every stage the sums."""
-    sums: dict[str, float] = {}
-    for metrics in micro_batches if context.is_last_stage else ():
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    return broadcast_object(sums, context)
 
 
 def broadcast_object(value: Value, context: ParallelContext) -> Value:

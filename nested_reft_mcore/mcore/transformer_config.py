@@ -80,13 +80,14 @@ def block_spec(
         spec = copy.copy(get_gpt_layer_with_transformer_engine_spec())
         spec.module = NestedTransformerLayer
         return spec
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    spec: Any = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     spec.module = NestedTransformerLayer
     spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+    layer_norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=layer_norm)
 
 
 def _parallel_options(parallel: ParallelConfig) -> dict[str, Any]:

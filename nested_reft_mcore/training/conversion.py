@@ -42,12 +42,15 @@ def hf_to_mcore(options: HfToMcoreOptions, context: ParallelContext) -> None:
     model = ModelConfig(hf_path=options.hf, dtype=options.dtype)
     policy = build_policy(architecture, model, options.parallel, context)
     load_hf_weights(policy, hf_dir)
-    save_weights(policy, output)
-    if context.is_main:
+
+    def add_tokenizer(directory: Path) -> None:
         if has_tokenizer(hf_dir):
-            tokenizer = output / CHECKPOINT_TOKENIZER_DIRECTORY
-            tokenizer.mkdir()
-            copy_tokenizer_files(hf_dir, tokenizer)
+            target = directory / CHECKPOINT_TOKENIZER_DIRECTORY
+            target.mkdir()
+            copy_tokenizer_files(hf_dir, target)
+
+    save_weights(policy, output, add_files=add_tokenizer)
+    if context.is_main:
         print(f"{output}: checkpoint of {hf_dir}", flush=True)
 
 

@@ -1,0 +1,117 @@
+"""Where a step's rollouts and rewards come from: generated now, or replayed from an earlier run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.config.schema import Config
+from nested_reft_mcore.data.prompts import PromptSet
+from nested_reft_mcore.data.stream import PromptStream, shard_range
+from nested_reft_mcore.data.tokenizers import Tokenizer
+from nested_reft_mcore.mcore.decode import PolicyDecoder
+from nested_reft_mcore.mcore.model import Policy
+from nested_reft_mcore.observability.timers import Timers
+from nested_reft_mcore.rollout.dump import load_rollouts
+from nested_reft_mcore.rollout.engine import RolloutEngine
+from nested_reft_mcore.rollout.types import RolloutBatch
+from nested_reft_mcore.training.judge import Judge
+from nested_reft_mcore.training.sampling import training_sampling
+
+
+class ExperienceSource(Protocol):
+    """Gives this replica's share of a step's global batch."""
+
+    def collect(
+        self, step: int, plan: LayerSkipPlan, timers: Timers
+    ) -> tuple[RolloutBatch, Tensor]:
+        """Rollouts and their rewards `[batch]` float32, whole groups."""
+        ...
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint needs to go on here."""
+        ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken."""
+        ...
+
+
+class GeneratedExperience:
+    """The nested policy completes the next prompts, and the judge scores them."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        tokenizer: Tokenizer,
+        prompts: PromptSet,
+        judge: Judge,
+    ) -> None:
+        self._config = config
+        self._policy = policy
+        self._decoder = PolicyDecoder(policy)
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._judge = judge
+        self._engine = RolloutEngine(config.rollout.slots_per_group)
+        self._stream = PromptStream(len(prompts), config.rollout.prompts_per_step, config.seed)
+
+    def collect(
+        self, step: int, plan: LayerSkipPlan, timers: Timers
+    ) -> tuple[RolloutBatch, Tensor]:
+        """Generate under `plan`, then judge."""
+        data = self._policy.context.data
+        batch = [self._prompts[index] for index in self._stream.next()]
+        share = shard_range(len(batch), data.rank, data.size)
+        with timers("gen"), self._policy.nested(plan):
+            rollouts = self._engine.generate(
+                self._decoder,
+                batch[share.start : share.stop],
+                self._config.rollout.group_size,
+                training_sampling(self._config, self._tokenizer, step),
+                plan,
+                first_prompt_index=share.start,
+                detokenize=self._tokenizer.decode,
+            )
+        with timers("reward"):
+            rewards = self._judge(rollouts)
+        return rollouts, rewards
+
+    def state_dict(self) -> dict[str, int]:
+        """Position in the prompt stream."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on there. UserError if it is of another data set or seed."""
+        self._stream.load_state_dict(state)
+
+
+class ReplayedExperience:
+    """The rollouts and rewards that another run dumped; its plans are kept for the record."""
+
+    def __init__(self, config: Config, policy: Policy) -> None:
+        assert config.rollout.replay is not None, "replay needs rollout.replay"
+        self._directory = Path(config.rollout.replay)
+        self._prompts_per_step = config.rollout.prompts_per_step
+        self._data = policy.context.data
+
+    def collect(
+        self, step: int, plan: LayerSkipPlan, timers: Timers
+    ) -> tuple[RolloutBatch, Tensor]:
+        """Read this replica's share of the step. UserError if it is not there."""
+        share = shard_range(self._prompts_per_step, self._data.rank, self._data.size)
+        with timers("gen"):
+            rollouts, rewards = load_rollouts(self._directory, step, share)
+        return rollouts, torch.tensor(rewards, dtype=torch.float32)
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing: the step says which files to read."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to go back to."""

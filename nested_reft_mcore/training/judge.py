@@ -1,0 +1,64 @@
+"""Rewards of a batch: judged once per replica, known to all of its processes."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from nested_reft_mcore.config.schema import RewardConfig
+from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.rewards.base import RewardItem
+from nested_reft_mcore.rewards.pool import RewardPool
+from nested_reft_mcore.rollout.types import RolloutBatch
+from nested_reft_mcore.training.replicas import (
+    add_up,
+    broadcast_in_replica,
+    gather_from_replicas,
+    is_replica_writer,
+)
+
+
+class Judge:
+    """The verifiable reward behind its worker processes. A context manager."""
+
+    def __init__(self, config: RewardConfig, context: ParallelContext) -> None:
+        self._context = context
+        self._pool: RewardPool | None = None
+        if is_replica_writer(context):
+            self._pool = RewardPool(config.name, config.num_workers, config.deadline_seconds)
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    def __call__(self, rollouts: RolloutBatch) -> Tensor:
+        """Rewards `[batch]` float32, in the order of `rollouts`, on every process."""
+        values: list[float] = []
+        if self._pool is not None:
+            items = [
+                RewardItem(rollout.prompt.text, rollout.text, rollout.prompt.answer or "")
+                for rollout in rollouts.rollouts
+            ]
+            values = [result.value for result in self._pool.score(items)]
+        return torch.tensor(broadcast_in_replica(values, self._context), dtype=torch.float32)
+
+    def metrics(self) -> dict[str, float]:
+        """Items of the whole run that could not be judged, over all replicas."""
+        pool = self._pool
+        counts = {
+            "reward/timeouts": float(pool.timeouts if pool else 0),
+            "reward/errors": float(pool.errors if pool else 0),
+        }
+        return add_up(
+            gather_from_replicas(broadcast_in_replica(counts, self._context), self._context)
+        )

@@ -1,0 +1,72 @@
+"""Metrics of a step's rollouts, under verl's names where the meaning is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.rollout.types import RolloutBatch
+from nested_reft_mcore.training.replicas import gather_from_replicas
+
+
+def rollout_metrics(
+    rollouts: RolloutBatch, rewards: Tensor, context: ParallelContext
+) -> dict[str, float]:
+    """Rewards, lengths, plan and generation speed over the global batch."""
+    replicas = gather_from_replicas(_columns(rollouts, rewards), context)
+    columns = {name: [v for part in replicas for v in part[name]] for name in replicas[0]}
+    plan, executed = rollouts.plan, rollouts.stats.layer_executions
+    generated = sum(columns["response_length"])
+    metrics = {
+        **_spread("critic/rewards", columns["rewards"]),
+        **_spread("response_length", columns["response_length"]),
+        **_spread("prompt_length", columns["prompt_length"]),
+        "response_length/clip_ratio": _mean(columns["is_clipped"]),
+        "nested/skip_ratio": plan.skip_ratio,
+        "nested/num_skipped": float(plan.num_skipped),
+        "perf/total_num_tokens": generated + sum(columns["prompt_length"]),
+        "perf/generated_tokens": generated,
+    }
+    seconds = max(columns["seconds"])
+    if seconds > 0:
+        metrics["perf/generated_tokens_per_second"] = generated / seconds
+    if sum(executed) > 0:
+        # 1 where every stage has the same work; the fullest stage sets the pace.
+        metrics["nested/stage_imbalance"] = max(executed) * len(executed) / sum(executed)
+    metrics["critic/solve_none"], metrics["critic/solve_all"] = _equal_groups(
+        columns["rewards"], rollouts.group_size
+    )
+    return metrics
+
+
+def _columns(rollouts: RolloutBatch, rewards: Tensor) -> dict[str, list[Any]]:
+    return {
+        "rewards": rewards.tolist(),
+        "response_length": [len(rollout.token_ids) for rollout in rollouts.rollouts],
+        "prompt_length": [len(rollout.prompt.token_ids) for rollout in rollouts.rollouts],
+        "is_clipped": [float(r.finish_reason == "length") for r in rollouts.rollouts],
+        "seconds": [rollouts.stats.seconds],
+    }
+
+
+def _equal_groups(rewards: Sequence[float], group_size: int) -> tuple[float, float]:
+    """Shares of groups that teach nothing: all rewards at most 0; all equal and positive."""
+    groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
+    none = [float(max(group) <= 0) for group in groups]
+    every = [float(min(group) > 0 and min(group) == max(group)) for group in groups]
+    return _mean(none), _mean(every)
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {
+        f"{name}/mean": _mean(values),
+        f"{name}/max": float(max(values)),
+        f"{name}/min": float(min(values)),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

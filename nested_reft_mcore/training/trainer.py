@@ -1,0 +1,134 @@
+"""Nested-ReFT (arXiv 2508.10123): the loop of `nested-reft train`."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from nested_reft_mcore.algorithm.advantages import group_relative_advantages
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, LayerSkipSchedule
+from nested_reft_mcore.config.checks import num_skipped
+from nested_reft_mcore.config.schema import Config
+from nested_reft_mcore.data.prompts import load_prompts
+from nested_reft_mcore.hf.config import check_exportable
+from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.launch.exit_codes import ExitCode
+from nested_reft_mcore.launch.signals import StopSignals
+from nested_reft_mcore.mcore.hf_weights import export_hf_weights
+from nested_reft_mcore.mcore.model import Policy
+from nested_reft_mcore.rollout.dump import dump_rollouts
+from nested_reft_mcore.training.evaluation import Evaluator
+from nested_reft_mcore.training.experience import (
+    ExperienceSource,
+    GeneratedExperience,
+    ReplayedExperience,
+)
+from nested_reft_mcore.training.judge import Judge
+from nested_reft_mcore.training.metrics import rollout_metrics
+from nested_reft_mcore.training.policy_setup import find_tokenizer
+from nested_reft_mcore.training.replicas import is_replica_writer
+from nested_reft_mcore.training.run import Run
+from nested_reft_mcore.training.update import Learner, mean_over_updates
+
+
+def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
+    """Train as `config` says; every process calls it. Returns the exit code.
+
+    Raises:
+        UserError: something that the config names is missing or broken.
+        RuntimeError: too many updates in a row were not finite.
+    """
+    run = Run(
+        config,
+        context,
+        stop,
+        command="train",
+        optimizer=config.optimizer,
+        num_steps=config.train.num_steps,
+        updates_per_step=config.train.updates_per_step,
+    )
+    if config.checkpoint.export_hf:
+        check_exportable(run.policy.architecture)
+    with run, Judge(config.reward, context) as judge:
+        experience = _experience_source(run, judge)
+        if run.state.step:
+            experience.load_state_dict(run.state.data)
+        evaluator = None
+        if config.data.eval_path is not None:
+            evaluator = Evaluator(config, run.tokenizer, run.policy, judge)
+        code = _loop(run, experience, evaluator, judge)
+        if code == ExitCode.OK and config.checkpoint.export_hf:
+            source = find_tokenizer(config.model, config.data.tokenizer_path)
+            export_hf_weights(run.policy, run.directory / "hf", source, force=True)
+    return code
+
+
+def _loop(run: Run, experience: ExperienceSource, evaluator: Evaluator | None, judge: Judge) -> int:
+    """Generate, judge, update, and whatever else is due, step by step."""
+    config, timers, state = run.config, run.timers, run.state
+    schedule = skip_schedule(config, run.policy)
+    learner = Learner(config, run.policy, run.optimizer, run.tokenizer.pad_token_id, timers)
+    if evaluator is not None and state.step == 0 and config.evaluation.before_training:
+        run.log(_evaluate(run, evaluator))
+    for step in range(state.step, config.train.num_steps):
+        if run.should_stop():
+            return run.come_back_later()
+        with timers("step"):
+            plan = schedule.plan(step)
+            if config.nested.check_plan_across_ranks:
+                check_plan_across_ranks(plan, run.context)
+            rollouts, rewards = experience.collect(step, plan, timers)
+            advantages = group_relative_advantages(
+                rewards, config.algorithm.advantage, group_size=rollouts.group_size
+            )
+            metrics = rollout_metrics(rollouts, rewards, run.context)
+            batch = learner.training_batch(rollouts, advantages)
+            updates = []
+            for minibatch in batch.split(config.train.updates_per_step):
+                updates.append(learner.update(minibatch))
+                state.count(updates[-1].applied, config.train.max_skipped_updates)
+            metrics |= mean_over_updates(updates) | judge.metrics()
+        if config.logging.dump_rollouts and is_replica_writer(run.context):
+            dump_rollouts(run.directory, step, run.context.data.rank, rollouts, rewards.tolist())
+        state.step, state.data = step + 1, experience.state_dict()
+        if evaluator is not None and run.is_due(config.evaluation.interval):
+            metrics |= _evaluate(run, evaluator)
+        run.finish_step(metrics, plan.describe())
+        if run.is_due(config.checkpoint.interval):
+            run.save()
+    return ExitCode.OK
+
+
+def skip_schedule(config: Config, policy: Policy) -> LayerSkipSchedule:
+    """The plans of a run: a pure function of (seed, step), the same on every process."""
+    num_layers = policy.architecture.num_layers
+    return LayerSkipSchedule(
+        law=config.nested.law,
+        num_layers=num_layers,
+        num_skipped=num_skipped(config.nested, num_layers),
+        border_layers=config.nested.border_layers,
+        part=config.nested.part,
+        stage_of_layer=policy.stage_of_layer,
+        seed=config.seed,
+    )
+
+
+def check_plan_across_ranks(plan: LayerSkipPlan, context: ParallelContext) -> None:
+    """Compare a hash of the plan over all processes. RuntimeError where one differs."""
+    digests: list[str] = [""] * context.world_size
+    dist.all_gather_object(digests, plan.digest())
+    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if odd:
+        raise RuntimeError(f"ranks {odd} drew another layer-skip plan than rank 0")
+
+
+def _evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
+    with run.timers("testing"):
+        return evaluator(run.directory / "evaluation" / f"step_{run.state.step:06d}.jsonl")
+
+
+def _experience_source(run: Run, judge: Judge) -> ExperienceSource:
+    if run.config.rollout.replay is not None:
+        return ReplayedExperience(run.config, run.policy)
+    assert run.config.data.train_path is not None, "checked before any process started"
+    prompts = load_prompts(run.config.data.train_path, run.config.data, run.tokenizer)
+    return GeneratedExperience(run.config, run.policy, run.tokenizer, prompts, judge)
