@@ -6,16 +6,11 @@ chunk of it, and rank 0 gathers and writes in input order.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
-import torch
 
 from nested_reft_mcore.algorithm.counter_random import Stream
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, draw_plan, num_skipped_layers
@@ -26,31 +21,18 @@ from nested_reft_mcore.config.inference import GenerateOptions, ModelSource, Sco
 from nested_reft_mcore.config.schema import ModelConfig
 from nested_reft_mcore.data.completions import GivenCompletion, read_completions
 from nested_reft_mcore.data.jsonl import read_json_lines
-from nested_reft_mcore.data.jsonl_writer import check_output_file, write_json_lines
+from nested_reft_mcore.data.jsonl_writer import check_output_file
 from nested_reft_mcore.data.prompts import read_requests
-from nested_reft_mcore.data.stream import shard_range
 from nested_reft_mcore.data.tokenizers import Tokenizer
 from nested_reft_mcore.hf.config import read_architecture
 from nested_reft_mcore.launch.context import ParallelContext
-from nested_reft_mcore.mcore.decode import PolicyDecoder
-from nested_reft_mcore.mcore.model import Policy, stage_of_layer
-from nested_reft_mcore.mcore.pipeline import forward_logprobs
+from nested_reft_mcore.mcore.model import stage_of_layer
 from nested_reft_mcore.observability.logging import configure_logging
-from nested_reft_mcore.observability.progress import Progress
-from nested_reft_mcore.rollout.batch import TrainingBatch
-from nested_reft_mcore.rollout.engine import RolloutEngine
-from nested_reft_mcore.rollout.types import Prompt, Rollout, RolloutStats, SamplingParams
+from nested_reft_mcore.rollout.types import Prompt, SamplingParams
+from nested_reft_mcore.training.chunks import write_from_main
+from nested_reft_mcore.training.completing import GenerationTotals, completed_lines
 from nested_reft_mcore.training.policy_setup import load_policy, load_policy_tokenizer
-from nested_reft_mcore.training.replicas import gather_from_replicas, is_replica_writer
-
-Value = TypeVar("Value")
-
-_GROUPS_PER_STAGE = 4
-"""Slot groups of each stage in a chunk: enough to keep the stages busy, few enough to hold."""
-_MICRO_BATCHES_PER_STAGE = 4
-"""Micro-batches of each stage in one pipelined pass: its start and end leave stages idle."""
-_PASSES_PER_CHUNK = 16
-"""Passes whose sequences are sorted by length together."""
+from nested_reft_mcore.training.scoring import scored_lines
 
 
 def generate_file(options: GenerateOptions, context: ParallelContext) -> None:
@@ -70,9 +52,9 @@ def generate_file(options: GenerateOptions, context: ParallelContext) -> None:
     sampling = _sampling(options, tokenizer)
     plan = _generation_plan(options, architecture, context)
     policy = load_policy(model, options.parallel, context)
-    totals = _GenerationTotals()
-    lines = _completed(policy, prompts, options, sampling, plan, tokenizer, totals)
-    _write(options.output, lines, context)
+    totals = GenerationTotals()
+    lines = completed_lines(policy, prompts, options, sampling, plan, tokenizer, totals)
+    write_from_main(options.output, lines, context)
     if context.is_main:
         print(f"{options.output}: {totals.describe()}; skipped: {plan.describe()}", flush=True)
 
@@ -95,11 +77,11 @@ def score_file(options: ScoreOptions, context: ParallelContext) -> None:
         return load_policy_tokenizer(model, options.tokenizer_path, architecture)
 
     given = read_completions(options.input, get_tokenizer, architecture.vocab_size)
-    _check_scored_lengths(given, architecture.max_position_embeddings)
+    _check_lengths(given, architecture.max_position_embeddings)
     plan = _parse_plan(options.skip_layers, architecture)
     policy = load_policy(model, options.parallel, context)
     started = time.perf_counter()
-    _write(options.output, _scored(policy, given, options, plan), context)
+    write_from_main(options.output, scored_lines(policy, given, options, plan), context)
     if context.is_main:
         num_tokens = sum(len(completion.token_ids) for completion in given)
         seconds = time.perf_counter() - started
@@ -108,97 +90,6 @@ def score_file(options: ScoreOptions, context: ParallelContext) -> None:
             f"({num_tokens / seconds:,.0f} tokens/s); skipped: {plan.describe()}",
             flush=True,
         )
-
-
-@dataclass
-class _GenerationTotals:
-    """What the chunks so far cost, over all replicas; complete on rank 0 alone."""
-
-    num_prompts: int = 0
-    num_completions: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-    """Replicas work side by side: the slowest one's time."""
-    layer_executions: list[float] = field(default_factory=list)
-    """For each pipeline rank."""
-
-    def add(self, replicas: Sequence[RolloutStats]) -> None:
-        """Count a chunk."""
-        self.num_tokens += sum(stats.generated_tokens for stats in replicas)
-        self.seconds += max(stats.seconds for stats in replicas)
-        counts = [self.layer_executions, *(stats.layer_executions for stats in replicas)]
-        self.layer_executions = [sum(stage) for stage in zip(*filter(None, counts), strict=True)]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens per second of generation."""
-        return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
-
-    def describe(self) -> str:
-        """One line for people."""
-        executions = ", ".join(
-            f"{count:,.1f}".removesuffix(".0") + f" on pipeline rank {stage}"
-            for stage, count in enumerate(self.layer_executions)
-        )
-        return (
-            f"{self.num_completions} completions, {self.num_tokens} tokens in {self.seconds:.1f} s "
-            f"({self.tokens_per_second:,.0f} tokens/s); layers run: {executions}"
-        )
-
-
-def _completed(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    options: GenerateOptions,
-    sampling: SamplingParams,
-    plan: LayerSkipPlan,
-    tokenizer: Tokenizer,
-    totals: _GenerationTotals,
-) -> Iterator[Mapping[str, Any]]:
-    """Output lines, in input order on rank 0 and none elsewhere; every process has to run it."""
-    context = policy.context
-    engine, decoder = RolloutEngine(options.slots_per_group), PolicyDecoder(policy)
-    sequences = options.slots_per_group * _GROUPS_PER_STAGE * context.pipeline.size
-    prompts_per_replica = max(1, sequences // options.num_samples)
-    skipped = plan.describe() if plan.skipped else None
-    progress = Progress("auto" if context.is_main else "off", len(prompts), title="generate")
-    with policy.nested(plan), progress:
-        for chunk in _cut(len(prompts), prompts_per_replica * context.data.size):
-            shard = _my_part(chunk, context)
-            batch = engine.generate(
-                decoder,
-                prompts[shard.start : shard.stop],
-                options.num_samples,
-                sampling,
-                plan,
-                first_prompt_index=shard.start,
-                detokenize=tokenizer.decode if is_replica_writer(context) else None,
-            )
-            replicas = _gather_on_main(batch, context)
-            if not replicas:
-                continue
-            for replica in replicas:
-                for rollout in replica.rollouts:
-                    yield _completion_line(rollout, with_logprobs=options.logprobs)
-            totals.add([replica.stats for replica in replicas])
-            totals.num_prompts += len(chunk)
-            totals.num_completions += len(chunk) * options.num_samples
-            metrics = {"perf/throughput": totals.tokens_per_second}
-            progress.update(totals.num_prompts, metrics, skipped=skipped)
-
-
-def _completion_line(rollout: Rollout, *, with_logprobs: bool) -> Mapping[str, Any]:
-    line: dict[str, Any] = {
-        "prompt_index": rollout.prompt_index,
-        "sample_index": rollout.sample_index,
-        "prompt_token_ids": rollout.prompt.token_ids,
-        "token_ids": rollout.token_ids,
-        "text": rollout.text,
-        "finish_reason": rollout.finish_reason,
-    }
-    if with_logprobs:
-        line["logprobs"] = _json_numbers(rollout.behavior_logprobs, rollout.prompt.source)
-    return line
 
 
 def _read_prompts(
@@ -290,74 +181,7 @@ def _parse_plan(text: str | None, architecture: ModelArchitecture) -> LayerSkipP
         raise UserError(f"--skip-layers {text}: {error}") from error
 
 
-def _scored(
-    policy: Policy, given: Sequence[GivenCompletion], options: ScoreOptions, plan: LayerSkipPlan
-) -> Iterator[Mapping[str, Any]]:
-    """Output lines, in input order on rank 0 and none elsewhere; every process has to run it."""
-    context = policy.context
-    # One stage has nothing to wait for: the less in a pass, the less padding.
-    num_stages = context.pipeline.size
-    num_micro_batches = 1 if num_stages == 1 else num_stages * _MICRO_BATCHES_PER_STAGE
-    rows = options.batch_size * num_micro_batches
-    progress = Progress("auto" if context.is_main else "off", len(given), title="score")
-    with policy.nested(plan), progress:
-        for chunk in _cut(len(given), rows * _PASSES_PER_CHUNK * context.data.size):
-            shard = _my_part(chunk, context)
-            scores = _score(policy, given[shard.start : shard.stop], options, rows)
-            replicas = _gather_on_main(scores, context)
-            if not replicas:
-                continue
-            gathered = [logprobs for replica in replicas for logprobs in replica]
-            for completion, logprobs in zip(given[chunk.start : chunk.stop], gathered, strict=True):
-                yield {
-                    "prompt_token_ids": completion.prompt_token_ids,
-                    "token_ids": completion.token_ids,
-                    "logprobs": _json_numbers(logprobs, completion.source),
-                }
-            progress.update(chunk.stop, {})
-
-
-def _score(
-    policy: Policy, given: Sequence[GivenCompletion], options: ScoreOptions, rows: int
-) -> list[list[float]]:
-    """Log-probabilities of each completion's tokens, `rows` of similar length in one pass."""
-    scores: list[list[float]] = [[] for _ in given]
-    # The longest first: what does not fit into memory shows at once.
-    order = sorted(
-        (place for place, completion in enumerate(given) if completion.token_ids),
-        key=lambda place: -len(given[place].prompt_token_ids) - len(given[place].token_ids),
-    )
-    for part in _cut(len(order), rows):
-        places = order[part.start : part.stop]
-        batch = TrainingBatch.from_rollouts(
-            [_as_rollout(given[place]) for place in places],
-            advantages=torch.zeros(len(places)),
-            pad_token_id=0,
-            pad_to_multiple=(
-                policy.context.tensor.size if options.parallel.sequence_parallel else 1
-            ),
-        )
-        logprobs = forward_logprobs(
-            policy, batch, micro_batch_size=options.batch_size, temperature=1.0
-        )
-        for place, row, mask in zip(places, logprobs, batch.response_mask, strict=True):
-            scores[place] = row[mask].tolist()
-    return scores
-
-
-def _as_rollout(completion: GivenCompletion) -> Rollout:
-    """A row for a batch; how its tokens came about plays no part."""
-    return Rollout(
-        prompt=Prompt(completion.prompt_token_ids, "", source=completion.source),
-        prompt_index=0,
-        sample_index=0,
-        token_ids=completion.token_ids,
-        behavior_logprobs=(0.0,) * len(completion.token_ids),
-        finish_reason="length",
-    )
-
-
-def _check_scored_lengths(given: Sequence[GivenCompletion], num_positions: int) -> None:
+def _check_lengths(given: Sequence[GivenCompletion], num_positions: int) -> None:
     for completion in given:
         # The last token is predicted, never read.
         length = len(completion.prompt_token_ids) + len(completion.token_ids) - 1
@@ -373,46 +197,3 @@ def _model(options: ModelSource) -> tuple[ModelConfig, ModelArchitecture]:
     if options.hf is not None:
         return model, read_architecture(Path(options.hf))
     return model, read_checkpoint_architecture(str(options.checkpoint))
-
-
-def _cut(count: int, size: int) -> Iterator[range]:
-    """The places 0 to `count` in ranges of `size`, the last one shorter."""
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
-
-
-def _my_part(chunk: range, context: ParallelContext) -> range:
-    """What this process's replica takes of a chunk."""
-    shard = shard_range(len(chunk), context.data.rank, context.data.size)
-    return range(chunk.start + shard.start, chunk.start + shard.stop)
-
-
-def _gather_on_main(value: Value, context: ParallelContext) -> list[Value]:
-    """The value of every replica on rank 0, in order; nothing elsewhere."""
-    if not is_replica_writer(context):
-        return []
-    gathered = gather_from_replicas(value, context)
-    return gathered if context.is_main else []
-
-
-def _write(output: str, lines: Iterator[Mapping[str, Any]], context: ParallelContext) -> None:
-    """Run `lines` on every process; rank 0 writes them."""
-    if context.is_main:
-        write_json_lines(output, lines)
-    else:
-        for _ in lines:
-            raise RuntimeError("a process other than rank 0 has a line to write")
-
-
-def _json_numbers(logprobs: Sequence[float], source: str) -> list[float]:
-    """Float32 numbers with the fewest digits that give the same bits back.
-
-    Raises:
-        UserError: one is not finite.
-    """
-    if not all(math.isfinite(logprob) for logprob in logprobs):
-        raise UserError(
-            f"{source}: a log-probability is {next(x for x in logprobs if not math.isfinite(x))}; "
-            "expected finite numbers: are the model's weights finite?"
-        )
-    return [float(str(np.float32(logprob))) for logprob in logprobs]

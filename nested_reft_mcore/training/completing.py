@@ -1,0 +1,112 @@
+"""Completions of many prompts, chunk by chunk, as the lines that `generate` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.config.inference import GenerateOptions
+from nested_reft_mcore.data.tokenizers import Tokenizer
+from nested_reft_mcore.mcore.decode import PolicyDecoder
+from nested_reft_mcore.mcore.model import Policy
+from nested_reft_mcore.observability.progress import Progress
+from nested_reft_mcore.rollout.engine import RolloutEngine
+from nested_reft_mcore.rollout.types import Prompt, Rollout, RolloutStats, SamplingParams
+from nested_reft_mcore.training.chunks import cut, gather_on_main, json_numbers, my_part
+from nested_reft_mcore.training.replicas import is_replica_writer
+
+_GROUPS_PER_STAGE = 4
+"""Slot groups of each stage in a chunk: enough to keep the stages busy, few enough to hold."""
+
+
+@dataclass
+class GenerationTotals:
+    """What the chunks so far cost, over all replicas; complete on rank 0 alone."""
+
+    num_prompts: int = 0
+    num_completions: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    """Replicas work side by side: the slowest one's time."""
+    layer_executions: list[float] = field(default_factory=list)
+    """For each pipeline rank."""
+
+    def add(self, replicas: Sequence[RolloutStats]) -> None:
+        """Count a chunk."""
+        self.num_tokens += sum(stats.generated_tokens for stats in replicas)
+        self.seconds += max(stats.seconds for stats in replicas)
+        counts = [self.layer_executions, *(stats.layer_executions for stats in replicas)]
+        self.layer_executions = [sum(stage) for stage in zip(*filter(None, counts), strict=True)]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second of generation."""
+        return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    def describe(self) -> str:
+        """One line for people."""
+        executions = ", ".join(
+            f"{count:,.1f}".removesuffix(".0") + f" on pipeline rank {stage}"
+            for stage, count in enumerate(self.layer_executions)
+        )
+        return (
+            f"{self.num_completions} completions, {self.num_tokens} tokens in {self.seconds:.1f} s "
+            f"({self.tokens_per_second:,.0f} tokens/s); layers run: {executions}"
+        )
+
+
+def completed_lines(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    options: GenerateOptions,
+    sampling: SamplingParams,
+    plan: LayerSkipPlan,
+    tokenizer: Tokenizer,
+    totals: GenerationTotals,
+) -> Iterator[Mapping[str, Any]]:
+    """Output lines, in input order on rank 0 and none elsewhere; every process has to run it."""
+    context = policy.context
+    engine, decoder = RolloutEngine(options.slots_per_group), PolicyDecoder(policy)
+    sequences = options.slots_per_group * _GROUPS_PER_STAGE * context.pipeline.size
+    prompts_per_replica = max(1, sequences // options.num_samples)
+    skipped = plan.describe() if plan.skipped else None
+    progress = Progress("auto" if context.is_main else "off", len(prompts), title="generate")
+    with policy.nested(plan), progress:
+        for chunk in cut(len(prompts), prompts_per_replica * context.data.size):
+            shard = my_part(chunk, context)
+            batch = engine.generate(
+                decoder,
+                prompts[shard.start : shard.stop],
+                options.num_samples,
+                sampling,
+                plan,
+                first_prompt_index=shard.start,
+                detokenize=tokenizer.decode if is_replica_writer(context) else None,
+            )
+            replicas = gather_on_main(batch, context)
+            if not replicas:
+                continue
+            for replica in replicas:
+                for rollout in replica.rollouts:
+                    yield _completion_line(rollout, with_logprobs=options.logprobs)
+            totals.add([replica.stats for replica in replicas])
+            totals.num_prompts += len(chunk)
+            totals.num_completions += len(chunk) * options.num_samples
+            metrics = {"perf/throughput": totals.tokens_per_second}
+            progress.update(totals.num_prompts, metrics, skipped=skipped)
+
+
+def _completion_line(rollout: Rollout, *, with_logprobs: bool) -> Mapping[str, Any]:
+    line: dict[str, Any] = {
+        "prompt_index": rollout.prompt_index,
+        "sample_index": rollout.sample_index,
+        "prompt_token_ids": rollout.prompt.token_ids,
+        "token_ids": rollout.token_ids,
+        "text": rollout.text,
+        "finish_reason": rollout.finish_reason,
+    }
+    if with_logprobs:
+        line["logprobs"] = json_numbers(rollout.behavior_logprobs, rollout.prompt.source)
+    return line
