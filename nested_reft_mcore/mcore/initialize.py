@@ -43,7 +43,7 @@ def initialize_parallel(parallel: ParallelConfig, ranks: RankInfo, seed: int) ->
         dist.init_process_group(
             backend="nccl" if has_cuda else "gloo",
             init_method="env://" if ranks.world_size > 1 else None,
-            store=None if ranks.world_size > 1 else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage],
+            store=None if ranks.world_size > 1 else dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=datetime.timedelta(minutes=parallel.timeout_minutes),

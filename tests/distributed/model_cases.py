@@ -16,7 +16,7 @@ from nested_reft_mcore.config.schema import ModelConfig, OptimizerConfig, Parall
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.model import Policy, build_policy
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
-from nested_reft_mcore.mcore.pipeline import PassResult, run_batch
+from nested_reft_mcore.mcore.pipeline import PassResult, broadcast_object, run_batch
 from nested_reft_mcore.mcore.weights import initialize_weights, named_parameters
 from nested_reft_mcore.rollout.batch import TrainingBatch
 
@@ -120,7 +120,8 @@ def forward_backward(
     with policy.nested(plan):
         result = run_batch(policy, share, weighted_loss, micro_batch_size=2, temperature=0.7)
     optimizer.megatron.prepare_grads()
-    loss = torch.tensor(result.metric_sums["loss"], dtype=torch.float64)
+    losses = [float(output["loss"]) for output in result.outputs]
+    loss = torch.tensor(broadcast_object(sum(losses), policy.context), dtype=torch.float64)
     if data.group is not None:
         dist.all_reduce(loss, group=data.group)
     gradients = {
