@@ -32,6 +32,7 @@ from nested_reft_mcore.rollout.types import Prompt, SamplingParams
 from nested_reft_mcore.training.chunks import write_from_main
 from nested_reft_mcore.training.completing import GenerationTotals, completed_lines
 from nested_reft_mcore.training.policy_setup import load_policy, load_policy_tokenizer
+from nested_reft_mcore.training.sampling import stop_token_ids
 from nested_reft_mcore.training.scoring import scored_lines
 
 
@@ -48,9 +49,9 @@ def generate_file(options: GenerateOptions, context: ParallelContext) -> None:
     check_output_file(options.output)
     model, architecture = _model(options)
     tokenizer = load_policy_tokenizer(model, options.tokenizer_path, architecture)
-    prompts = _read_prompts(options, tokenizer, architecture)
     sampling = _sampling(options, tokenizer)
     plan = _generation_plan(options, architecture, context)
+    prompts = _read_prompts(options, tokenizer, architecture)
     policy = load_policy(model, options.parallel, context)
     totals = GenerationTotals()
     lines = completed_lines(policy, prompts, options, sampling, plan, tokenizer, totals)
@@ -131,27 +132,15 @@ def _as_chat(prompt: Prompt, tokenizer: Tokenizer) -> Prompt:
 
 def _sampling(options: GenerateOptions, tokenizer: Tokenizer) -> SamplingParams:
     """How to choose tokens, and which of them end a completion."""
-    stop_token_ids = set(tokenizer.eos_token_ids)
-    for token in options.stop_tokens:
-        found = tokenizer.token_to_id(token)
-        if found is None:
-            raise UserError(
-                f"--stop-token {token!r}: the tokenizer has no such token; expected one spelled "
-                "exactly as in its vocabulary"
-            )
-        stop_token_ids.add(found)
-    try:
-        return SamplingParams(
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            greedy=options.greedy,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            stop_token_ids=tuple(sorted(stop_token_ids)),
-            seed=options.seed,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        greedy=options.greedy,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop_token_ids=stop_token_ids(tokenizer, options.stop_tokens),
+        seed=options.seed,
+    )
 
 
 def _generation_plan(
