@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.errors import UserError
@@ -18,6 +18,7 @@ from nested_reft_mcore.launch.context import ParallelContext, RankInfo
 from nested_reft_mcore.launch.exit_codes import ExitCode
 from nested_reft_mcore.launch.ranks import discover_ranks
 from nested_reft_mcore.launch.signals import StopSignals
+from nested_reft_mcore.observability.logging import configure_logging
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -39,6 +40,7 @@ class Job:
     seed: int = 0
     log_dir: Path | None = None
     """Where a bare start keeps the output of its processes."""
+    log_level: Literal["debug", "info", "warning"] = "info"
     stoppable: bool = False
     """Whether `work` heeds a request to stop; otherwise SIGTERM ends it at once."""
 
@@ -119,6 +121,9 @@ def _single() -> RankInfo:
 
 def _work(job: Job, ranks: RankInfo, stop: StopSignals) -> int:
     """Join the others, work, and part."""
+    # Both are read when torch and Megatron are imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    configure_logging(job.log_level, ranks.rank, ranks.world_size)
     from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
 
     try:

@@ -45,6 +45,7 @@ def run_train(path: Path, overrides: Sequence[str]) -> int:
             check_batches=partial(check_batches, config),
             seed=config.seed,
             log_dir=_log_dir(config),
+            log_level=config.logging.level,
             stoppable=True,
         )
 
@@ -69,6 +70,7 @@ def run_sft(path: Path, overrides: Sequence[str]) -> int:
             check_batches=partial(check_warm_up_batches, config),
             seed=config.seed,
             log_dir=_log_dir(config),
+            log_level=config.logging.level,
             stoppable=True,
         )
 
@@ -92,6 +94,7 @@ def run_evaluate(path: Path, overrides: Sequence[str], output: Path | None) -> i
             work=partial(work, config),
             seed=config.seed,
             log_dir=_log_dir(config),
+            log_level=config.logging.level,
         )
 
     return run_job(make)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing import (
     LogsDest,
     LogsSpecs,

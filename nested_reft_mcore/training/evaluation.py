@@ -17,6 +17,7 @@ from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.engine import RolloutEngine
 from nested_reft_mcore.rollout.types import RolloutBatch, SamplingParams
 from nested_reft_mcore.training.judge import Judge
+from nested_reft_mcore.training.policy_setup import check_room
 from nested_reft_mcore.training.replicas import gather_from_replicas, is_replica_writer
 from nested_reft_mcore.training.sampling import stop_token_ids
 
@@ -47,6 +48,7 @@ class Evaluator:
         self._engine = RolloutEngine(config.rollout.slots_per_group)
         prompts = load_prompts(config.data.eval_path, config.data, tokenizer)
         self.prompts = PromptSet(prompts.prompts[: config.evaluation.num_prompts])
+        check_room(self.prompts.prompts, config.rollout.max_new_tokens, policy.architecture)
         self._modes = _modes(config, stop_token_ids(tokenizer, config.rollout.stop_tokens))
 
     def __call__(self, completions_path: Path | None = None) -> dict[str, float]:

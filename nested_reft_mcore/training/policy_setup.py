@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
@@ -11,6 +12,7 @@ from nested_reft_mcore.config.checkpoint_layout import (
 )
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
+from nested_reft_mcore.data.prompt import Prompt
 from nested_reft_mcore.data.tokenizers import Tokenizer, load_tokenizer
 from nested_reft_mcore.hf.config import read_architecture
 from nested_reft_mcore.hf.tokenizer_files import checkpoint_tokenizer
@@ -76,6 +78,24 @@ def load_policy_tokenizer(
             f"{architecture.vocab_size}; expected at most that many"
         )
     return tokenizer
+
+
+def check_room(
+    prompts: Sequence[Prompt], max_new_tokens: int, architecture: ModelArchitecture
+) -> None:
+    """Refuse prompts that leave no room for their completions.
+
+    Raises:
+        UserError: names the line and the numbers.
+    """
+    room = architecture.max_position_embeddings - max_new_tokens
+    for prompt in prompts:
+        if len(prompt.token_ids) > room:
+            raise UserError(
+                f"{prompt.source}: the prompt has {len(prompt.token_ids)} tokens; expected at most "
+                f"{room}, the model's {architecture.max_position_embeddings} positions less "
+                f"rollout.max_new_tokens={max_new_tokens}; data.max_prompt_length drops longer ones"
+            )
 
 
 def _architecture(model: ModelConfig) -> ModelArchitecture:

@@ -24,7 +24,7 @@ from nested_reft_mcore.training.experience import (
 )
 from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.metrics import rollout_metrics
-from nested_reft_mcore.training.policy_setup import find_tokenizer
+from nested_reft_mcore.training.policy_setup import check_room, find_tokenizer
 from nested_reft_mcore.training.replicas import is_replica_writer
 from nested_reft_mcore.training.run import Run
 from nested_reft_mcore.training.update import Learner, mean_over_updates
@@ -131,4 +131,5 @@ def _experience_source(run: Run, judge: Judge) -> ExperienceSource:
         return ReplayedExperience(run.config, run.policy)
     assert run.config.data.train_path is not None, "checked before any process started"
     prompts = load_prompts(run.config.data.train_path, run.config.data, run.tokenizer)
+    check_room(prompts.prompts, run.config.rollout.max_new_tokens, run.policy.architecture)
     return GeneratedExperience(run.config, run.policy, run.tokenizer, prompts, judge)
