@@ -117,8 +117,7 @@ def main() -> None:
     config = os.path.relpath(Path(__file__).with_name("config.yaml"))
     console.print("Try next, three layers and a bounded importance weight:")
     console.print(
-        f"  nested-reft train {config} model.architecture=null "
-        f"model.checkpoint={output}/sft/checkpoints \\\n"
+        f"  nested-reft train {config} --checkpoint {output}/sft/checkpoints \\\n"
         f"    nested.num_skipped=3 algorithm.correction=retrace run_dir={output}/retrace"
     )
 

@@ -18,7 +18,7 @@ echo; echo "== 1. Supervised warm-up"
   data.train_path="$out/task/sft.jsonl" run_dir="$out/sft"
 
 start=("${task[@]}" data.train_path="$out/task/train.jsonl"
-  model.architecture=null model.checkpoint="$out/sft/checkpoints")
+  --checkpoint "$out/sft/checkpoints")
 echo; echo "== 2. Reinforcement, on-policy: rollouts at full depth"
 "$python" -m nested_reft_mcore train "$config" "${start[@]}" \
   run_dir="$out/on_policy" nested.num_skipped=0

@@ -90,7 +90,9 @@ def describe(
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile, overrides: Overrides = None, hf: Hf = None, checkpoint: Checkpoint = None
+) -> None:
     """Fine-tune with rewards: nested rollouts, importance correction, full-depth updates.
 
     Works alone, under torchrun and under srun. Started alone, it starts as many processes on this
@@ -101,17 +103,20 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     Examples:
       nested-reft train config.yaml
       nested-reft train config.yaml nested.num_skipped=4 optimizer.lr=1e-6
+      nested-reft train config.yaml --hf models/base run_dir=runs/second
       nested-reft train config.yaml parallel.pipeline_model_parallel_size=2
       srun --ntasks=16 nested-reft train config.yaml
     """
     from nested_reft_mcore.cli.entry import leave
-    from nested_reft_mcore.cli.runs import run_train
+    from nested_reft_mcore.cli.runs import run_train, with_model
 
-    leave(lambda: run_train(config, overrides or []))
+    leave(lambda: run_train(config, with_model(overrides or [], hf, checkpoint)))
 
 
 @app.command()
-def sft(config: ConfigFile, overrides: Overrides = None) -> None:
+def sft(
+    config: ConfigFile, overrides: Overrides = None, hf: Hf = None, checkpoint: Checkpoint = None
+) -> None:
     """Warm up on demonstrations, with layer dropout if wanted, before `train`.
 
     Reads the `sft` section and the lines of data.train_path that hold a demonstration. Layer
@@ -121,18 +126,20 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
     Examples:
       nested-reft sft config.yaml run_dir=runs/warm sft.num_steps=450
       nested-reft sft config.yaml sft.max_skipped=2
-      nested-reft train config.yaml model.checkpoint=runs/warm/checkpoints
+      nested-reft train config.yaml --checkpoint runs/warm/checkpoints
     """
     from nested_reft_mcore.cli.entry import leave
-    from nested_reft_mcore.cli.runs import run_sft
+    from nested_reft_mcore.cli.runs import run_sft, with_model
 
-    leave(lambda: run_sft(config, overrides or []))
+    leave(lambda: run_sft(config, with_model(overrides or [], hf, checkpoint)))
 
 
 @app.command()
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
+    hf: Hf = None,
+    checkpoint: Checkpoint = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON, too.")
     ] = None,
@@ -143,13 +150,13 @@ def evaluate(
 
     \b
     Examples:
-      nested-reft evaluate config.yaml model.checkpoint=runs/first/checkpoints
+      nested-reft evaluate config.yaml --checkpoint runs/first/checkpoints
       nested-reft evaluate config.yaml evaluation.num_samples=4 --output accuracy.json
     """
     from nested_reft_mcore.cli.entry import leave
-    from nested_reft_mcore.cli.runs import run_evaluate
+    from nested_reft_mcore.cli.runs import run_evaluate, with_model
 
-    leave(lambda: run_evaluate(config, overrides or [], output))
+    leave(lambda: run_evaluate(config, with_model(overrides or [], hf, checkpoint), output))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from nested_reft_mcore.config.checks import (
     check_paths,
     check_warm_up_batches,
 )
+from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import load_config
 from nested_reft_mcore.config.schema import Config, ModelConfig
 from nested_reft_mcore.hf.config import read_architecture
@@ -98,6 +100,22 @@ def run_evaluate(path: Path, overrides: Sequence[str], output: Path | None) -> i
         )
 
     return run_job(make)
+
+
+def with_model(
+    overrides: Sequence[str], hf: str | None = None, checkpoint: str | None = None
+) -> list[str]:
+    """The overrides, and those that `--hf` or `--checkpoint` stand for.
+
+    Raises:
+        UserError: both are given.
+    """
+    if hf is None and checkpoint is None:
+        return list(overrides)
+    if hf is not None and checkpoint is not None:
+        raise UserError("--hf and --checkpoint are both set; set one of them")
+    origins = {"hf_path": hf, "checkpoint": checkpoint, "architecture": None}
+    return [*overrides, *(f"model.{key}={json.dumps(value)}" for key, value in origins.items())]
 
 
 def model_architecture(model: ModelConfig) -> ModelArchitecture:

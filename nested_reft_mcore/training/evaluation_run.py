@@ -16,20 +16,21 @@ from nested_reft_mcore.training.policy_setup import load_policy, load_policy_tok
 def run_evaluation(config: Config, context: ParallelContext, output: Path | None) -> int:
     """Evaluate the model of `config`, print the metrics and write them; returns the exit code.
 
-    `output` is a directory for `metrics.json` and `completions.jsonl`; by default
-    `<run_dir>/evaluate`.
+    Metrics and completions go to `<run_dir>/evaluate`, the metrics to `output` too if it is given.
 
     Raises:
         UserError: something that the config names is missing or broken.
     """
-    directory = output or Path(config.run_dir) / "evaluate"
+    directory = Path(config.run_dir) / "evaluate"
     policy = load_policy(config.model, config.parallel, context, config.seed)
     tokenizer = load_policy_tokenizer(config.model, config.data.tokenizer_path, policy.architecture)
     with Judge(config.reward, context) as judge:
         metrics = Evaluator(config, tokenizer, policy, judge)(directory / "completions.jsonl")
         metrics |= judge.metrics()
     if context.is_main:
-        (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
+        for path in (directory / "metrics.json", output):
+            if path is not None:
+                path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         for name, value in metrics.items():
             print(f"{name:45} {value:.6g}")
         print(f"completions and metrics: {directory}", flush=True)

@@ -11,6 +11,9 @@ from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.rollout.types import RolloutBatch
 from nested_reft_mcore.training.replicas import gather_from_replicas
 
+LAYER_PASSES = "nested/layer_passes/stage_"
+"""Followed by the pipeline rank: layers that it ran while decoding, summed over forward passes."""
+
 
 def rollout_metrics(
     rollouts: RolloutBatch, rewards: Tensor, context: ParallelContext
@@ -33,6 +36,8 @@ def rollout_metrics(
     seconds = max(columns["seconds"])
     if seconds > 0:
         metrics["perf/generated_tokens_per_second"] = generated / seconds
+    # Counted on every rank while it decoded; one part of a layer is half a pass.
+    metrics |= {f"{LAYER_PASSES}{i}": float(count) for i, count in enumerate(executed)}
     if sum(executed) > 0:
         # 1 where every stage has the same work; the fullest stage sets the pace.
         metrics["nested/stage_imbalance"] = max(executed) * len(executed) / sum(executed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+
 import torch.distributed as dist
 
 from nested_reft_mcore.algorithm.advantages import group_relative_advantages
@@ -23,11 +26,13 @@ from nested_reft_mcore.training.experience import (
     ReplayedExperience,
 )
 from nested_reft_mcore.training.judge import Judge
-from nested_reft_mcore.training.metrics import rollout_metrics
+from nested_reft_mcore.training.metrics import LAYER_PASSES, rollout_metrics
 from nested_reft_mcore.training.policy_setup import check_room, find_tokenizer
 from nested_reft_mcore.training.replicas import is_replica_writer
 from nested_reft_mcore.training.run import Run
 from nested_reft_mcore.training.update import Learner, mean_over_updates
+
+_log = logging.getLogger(__name__)
 
 
 def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
@@ -66,6 +71,7 @@ def _loop(run: Run, experience: ExperienceSource, evaluator: Evaluator | None, j
     """Generate, judge, update, and whatever else is due, step by step."""
     config, timers, state = run.config, run.timers, run.state
     schedule = skip_schedule(config, run.policy)
+    layer_passes: Counter[str] = Counter()
     learner = Learner(config, run.policy, run.optimizer, run.tokenizer.pad_token_id, timers)
     if evaluator is not None and state.step == 0 and config.evaluation.before_training:
         run.log(_evaluate(run, evaluator))
@@ -92,9 +98,12 @@ def _loop(run: Run, experience: ExperienceSource, evaluator: Evaluator | None, j
         state.step, state.data = step + 1, experience.state_dict()
         if evaluator is not None and run.is_due(config.evaluation.interval):
             metrics |= _evaluate(run, evaluator)
+        layer_passes.update({k: v for k, v in metrics.items() if k.startswith(LAYER_PASSES)})
         run.finish_step(metrics, plan.describe())
         if run.is_due(config.checkpoint.interval):
             run.save()
+    if layer_passes:
+        _log.info("layers that the rollouts ran: %s", _describe_passes(layer_passes))
     return ExitCode.OK
 
 
@@ -119,6 +128,13 @@ def check_plan_across_ranks(plan: LayerSkipPlan, context: ParallelContext) -> No
     odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if odd:
         raise RuntimeError(f"ranks {odd} drew another layer-skip plan than rank 0")
+
+
+def _describe_passes(layer_passes: Counter[str]) -> str:
+    """How many layer passes each pipeline rank ran while it decoded."""
+    return ", ".join(
+        f"{count:,.0f} on stage {name.rpartition('_')[2]}" for name, count in layer_passes.items()
+    )
 
 
 def _evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
