@@ -113,6 +113,16 @@ class TrainingBatch:
             self._rows(start, start + size) for start, size in zip(starts, sizes, strict=True)
         )
 
+    def deal(self, n: int) -> tuple[TrainingBatch, ...]:
+        """`n` mini-batches of one size, row r into mini-batch r modulo n.
+
+        Where every data-parallel replica has a multiple of `n` rows, a row's mini-batch does not
+        depend on the number of replicas. Raises ValueError where `n` does not divide the rows.
+        """
+        if n < 1 or len(self) % n:
+            raise ValueError(f"cannot deal {len(self)} sequences into {n} equal mini-batches")
+        return tuple(self._map(lambda _, column, i=i: column[i::n]) for i in range(n))
+
     def micro_batches(self, micro_batch_size: int) -> tuple[TrainingBatch, ...]:
         """Batches of exactly `micro_batch_size` rows, the last one filled up with masked rows.
 

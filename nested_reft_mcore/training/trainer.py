@@ -89,7 +89,7 @@ def _loop(run: Run, experience: ExperienceSource, evaluator: Evaluator | None, j
             metrics = rollout_metrics(rollouts, rewards, run.context)
             batch = learner.training_batch(rollouts, advantages)
             updates = []
-            for minibatch in batch.split(config.train.updates_per_step):
+            for minibatch in batch.deal(config.train.updates_per_step):
                 updates.append(learner.update(minibatch))
                 state.count(updates[-1].applied, config.train.max_skipped_updates)
             metrics |= mean_over_updates(updates) | judge.metrics()

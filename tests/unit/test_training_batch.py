@@ -72,6 +72,18 @@ def test_split_into_too_many_is_refused(parts: int) -> None:
         batch_of(3).split(parts)
 
 
+def test_dealt_rows_do_not_depend_on_replicas() -> None:
+    whole = batch_of(8)
+    replicas = whole.split(2)
+    for number, minibatch in enumerate(whole.deal(2)):
+        assert minibatch.advantages.tolist() == [1.0 + number + 2 * i for i in range(4)]
+        shares = [replica.deal(2)[number] for replica in replicas]
+        assert torch.equal(torch.cat([share.labels for share in shares]), minibatch.labels)
+        assert torch.equal(torch.cat([share.advantages for share in shares]), minibatch.advantages)
+    with pytest.raises(ValueError, match="cannot deal 8 sequences into 3"):
+        whole.deal(3)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 7])
 def test_micro_batches_have_one_shape_and_lose_nothing(size: int) -> None:
     batch = batch_of(5)
