@@ -290,7 +290,10 @@ def test_mistakes_of_generate_are_one_message(room: Path, tmp_path: Path):
     ("line", "message"),
     [
         ('{"prompt": "w1"}', r"found \['prompt'\]; expected prompt_token_ids and token_ids, or"),
-        ('{"prompt": "w1", "token_ids": [1]}', "expected prompt_token_ids and token_ids, or"),
+        (
+            '{"prompt": "w1", "text": "w2", "token_ids": [1]}',
+            "expected prompt_token_ids and token_ids, or",
+        ),
         ('{"prompt_token_ids": [1], "token_ids": [41]}', "is 41; expected token ids from 0 to 40"),
         ('{"prompt_token_ids": [], "token_ids": [4]}', "the prompt has no tokens"),
         ("{", "not JSON"),
