@@ -17,12 +17,9 @@ from pathlib import Path
 
 import sentencepiece
 
-NAMES = (
-    *("ann", "ben", "cleo", "dan", "eva", "finn", "gus", "hana"),
-    *("ida", "jack", "kim", "leo", "mia", "nora", "omar", "tom"),
-)
-GAINS = ("finds", "gets", "picks", "wins")
-LOSSES = ("drops", "eats", "gives", "loses")
+NAMES = ("ann", "ben", "cleo", "dan", "eva", "finn", "gus", "tom")
+GAINS = ("finds", "gets")
+LOSSES = ("eats", "loses")
 SIGNS = ("#", ",", ">", "?")
 SPECIAL_TOKENS = 3
 """Padding, unknown, end of sequence: ids 0, 1, 2."""

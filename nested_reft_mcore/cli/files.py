@@ -14,13 +14,12 @@ from nested_reft_mcore.config.inference import (
     GenerateOptions,
     HfToMcoreOptions,
     McoreToHfOptions,
-    ModelSource,
     ScoreOptions,
     check_generate,
     check_score,
 )
 from nested_reft_mcore.config.load import section_from_dict
-from nested_reft_mcore.hf.config import read_architecture
+from nested_reft_mcore.hf.config import model_architecture, read_architecture
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.signals import StopSignals
 
@@ -33,7 +32,9 @@ def run_generate(values: Mapping[str, Any]) -> int:
     def make() -> Job:
         options = section_from_dict(GenerateOptions, values, COMMAND_LINE)
         check_generate(options)
-        architecture = _architecture(options)
+        architecture = model_architecture(
+            ModelConfig(hf_path=options.hf, checkpoint=options.checkpoint)
+        )
         check_skip_layers(options.skip_layers, architecture)
 
         def work(context: ParallelContext, stop: StopSignals) -> int:
@@ -53,7 +54,9 @@ def run_score(values: Mapping[str, Any]) -> int:
     def make() -> Job:
         options = section_from_dict(ScoreOptions, values, COMMAND_LINE)
         check_score(options)
-        architecture = _architecture(options)
+        architecture = model_architecture(
+            ModelConfig(hf_path=options.hf, checkpoint=options.checkpoint)
+        )
         check_skip_layers(options.skip_layers, architecture)
 
         def work(context: ParallelContext, stop: StopSignals) -> int:
@@ -132,9 +135,3 @@ def check_skip_layers(text: str | None, architecture: ModelArchitecture) -> None
         LayerSkipPlan.parse(text or "", architecture.num_layers)
     except ValueError as error:
         raise UserError(f"--skip-layers {text}: {error}") from None
-
-
-def _architecture(options: ModelSource) -> ModelArchitecture:
-    if options.hf is not None:
-        return read_architecture(Path(options.hf))
-    return read_checkpoint_architecture(str(options.checkpoint))

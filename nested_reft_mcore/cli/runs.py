@@ -10,7 +10,6 @@ from pathlib import Path
 
 from nested_reft_mcore.cli.entry import Job, run_job
 from nested_reft_mcore.config.architecture import ModelArchitecture
-from nested_reft_mcore.config.checkpoint_layout import read_checkpoint_architecture
 from nested_reft_mcore.config.checks import (
     check_architecture,
     check_batches,
@@ -23,8 +22,8 @@ from nested_reft_mcore.config.checks import (
 )
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import load_config
-from nested_reft_mcore.config.schema import Config, ModelConfig
-from nested_reft_mcore.hf.config import read_architecture
+from nested_reft_mcore.config.schema import Config
+from nested_reft_mcore.hf.config import model_architecture, model_source
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.signals import StopSignals
 
@@ -118,27 +117,11 @@ def with_model(
     return [*overrides, *(f"model.{key}={json.dumps(value)}" for key, value in origins.items())]
 
 
-def model_architecture(model: ModelConfig) -> ModelArchitecture:
-    """The shape of a configuration's model, read without torch.
-
-    Raises:
-        UserError: the directory that should tell it is missing, broken or of an unknown type.
-    """
-    if model.architecture is not None:
-        return model.architecture
-    if model.hf_path is not None:
-        source, architecture = model.hf_path, read_architecture(Path(model.hf_path))
-    else:
-        source = str(model.checkpoint)
-        architecture = read_checkpoint_architecture(source)
-    check_architecture(architecture, source)
-    return architecture
-
-
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, ModelArchitecture]:
     config = load_config(path, overrides)
     check_paths(config)
     architecture = model_architecture(config.model)
+    check_architecture(architecture, model_source(config.model))
     check_depth(config, architecture.num_layers)
     return config, architecture
 

@@ -41,6 +41,8 @@ class ModelArchitecture(Section):
     """Hugging Face layout to export to."""
     init_method_std: float = Field(default=0.02, gt=0)
     """Standard deviation of fresh weights."""
+    embedding_init_method_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of a fresh embedding; `init_method_std` if left out."""
 
     @property
     def head_dim(self) -> int:

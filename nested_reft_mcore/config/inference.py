@@ -9,7 +9,7 @@ from pydantic import Field
 
 from nested_reft_mcore.config.base import Section
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.config.schema import ParallelConfig
+from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
 
 
 class ModelSource(Section):
@@ -25,6 +25,10 @@ class ModelSource(Section):
     """Type of weights and activations."""
     parallel: ParallelConfig = ParallelConfig()
     """How the model is spread over processes."""
+
+    def model(self) -> ModelConfig:
+        """The model, as a configuration file would name it."""
+        return ModelConfig(hf_path=self.hf, checkpoint=self.checkpoint, dtype=self.dtype)
 
 
 class GenerateOptions(ModelSource):

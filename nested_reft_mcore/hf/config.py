@@ -8,7 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.checkpoint_layout import read_checkpoint_architecture
 from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.schema import ModelConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2")
 _CLASS_NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -55,6 +57,24 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
         raise UserError(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from error
     _check_heads(architecture, path)
     return architecture
+
+
+def model_architecture(model: ModelConfig) -> ModelArchitecture:
+    """The shape of a configuration's model, wherever it comes from.
+
+    Raises:
+        UserError: the directory that should tell it is missing, broken or of an unknown type.
+    """
+    if model.architecture is not None:
+        return model.architecture
+    if model.hf_path is not None:
+        return read_architecture(Path(model.hf_path))
+    return read_checkpoint_architecture(str(model.checkpoint))
+
+
+def model_source(model: ModelConfig) -> str:
+    """Where a configuration's model comes from, for messages."""
+    return model.hf_path or model.checkpoint or "model.architecture"
 
 
 def hf_config(

@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nested_reft_mcore.config.checkpoint_layout import (
     ARCHITECTURE_FILE,
@@ -103,7 +106,8 @@ def load_weights(policy: Policy, path: str | Path) -> None:
     """Fill the policy from a checkpoint of any layout.
 
     Raises:
-        UserError: there is no checkpoint, it holds another architecture, or more than data.
+        UserError: there is no checkpoint, it is broken, or holds another architecture, or more than
+            data.
     """
     _load(policy, None, resolve_checkpoint(path))
 
@@ -124,25 +128,25 @@ def load_checkpoint(policy: Policy, optimizer: PolicyOptimizer, path: str | Path
 def _load(policy: Policy, optimizer: PolicyOptimizer | None, directory: Path) -> None:
     saved = read_checkpoint_architecture(directory)
     # The family and the spread of fresh weights say nothing about the tensors.
-    shapes = [
-        a.model_dump(exclude={"family", "init_method_std"}) for a in (saved, policy.architecture)
-    ]
+    unseen = {"family", "init_method_std", "embedding_init_method_std"}
+    shapes = [a.model_dump(exclude=unseen) for a in (saved, policy.architecture)]
     differing = sorted(key for key in shapes[0] if shapes[0][key] != shapes[1][key])
     if differing:
         found = ", ".join(f"{key}={shapes[0][key]}" for key in differing)
         wanted = ", ".join(f"{key}={shapes[1][key]}" for key in differing)
         raise UserError(f"{directory}: holds a model with {found}; this run's has {wanted}")
     check_pickles(directory)
-    if optimizer is not None:
-        optimizer.prepare_for_loading()
-    with _weights_only_loading():
-        loaded: Any = dist_checkpointing.load(
-            _sharded_state(policy, optimizer, is_loading=True), str(directory)
-        )
+    requested = _sharded_state(policy, optimizer, is_loading=True)
+    try:
+        with _weights_only_loading():
+            loaded: Any = dist_checkpointing.load(requested, str(directory))
+    except (CheckpointException, CheckpointingException, UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{directory}: cannot be loaded: {reason}") from error
     for name, chunk in zip(_chunk_names(policy), policy.chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     if optimizer is not None:
-        optimizer.megatron.load_state_dict(loaded["optimizer"])
+        optimizer.load_state(loaded["optimizer"])
         optimizer.scheduler.load_state_dict(loaded["scheduler"])
 
 
@@ -161,6 +165,7 @@ def _sharded_state(
         for name, chunk in zip(names, policy.chunks, strict=True)
     }
     if optimizer is not None:
+        optimizer.make_state()
         model_state = state["model"] if len(names) == 1 else {name: state[name] for name in names}
         state["optimizer"] = optimizer.megatron.sharded_state_dict(
             model_state, is_loading=is_loading, metadata=metadata

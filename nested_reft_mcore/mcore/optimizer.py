@@ -97,16 +97,28 @@ class PolicyOptimizer:
         self.scheduler.step(increment=1)
         return StepOutcome(applied, norm, lr)
 
-    def prepare_for_loading(self) -> None:
-        """Give the distributed optimizer the state that a checkpoint is loaded into.
+    def make_state(self) -> None:
+        """Make the moments that the first step would make, and let torch's AdamW count from 0.
 
-        With torch's AdamW, Megatron's stand-in for TE's or apex's, it has none before its first
-        step, and then misses the `step` that each parameter keeps.
+        A checkpoint of a run without a step holds them, and is loaded into them. TE's and apex's
+        Adam count steps elsewhere.
         """
-        for part in self.parts if self.config.use_distributed_optimizer else ():
+        for part in self.parts:
             part.init_state_fn(part.optimizer)
-            for state in part.optimizer.state.values():
-                state.setdefault("step", torch.tensor(0.0))
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                for state in part.optimizer.state.values():
+                    state.setdefault("step", torch.tensor(0.0))
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take what a checkpoint holds for `megatron`.
+
+        Megatron leaves a count of 0 steps out of a checkpoint, and torch's AdamW then misses it.
+        """
+        has_torch_adam = any(isinstance(part.optimizer, torch.optim.AdamW) for part in self.parts)
+        if has_torch_adam and not self.config.use_distributed_optimizer:
+            # With bfloat16 the inner optimizer's state is one level down.
+            state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
+        self.megatron.load_state_dict(state)
 
     def _clip(self, norm: float) -> None:
         if self.config.clip_grad == 0:

@@ -30,7 +30,8 @@ def initialize_weights(policy: Policy, seed: int) -> None:
     """Fill every parameter from its name, full shape and `seed`.
 
     Matrices are normal with `init_method_std`, the outputs of attention and MLP with that over
-    sqrt(2 * num_layers) (GPT-2), norms are one and biases zero. Each process draws the full matrix
+    sqrt(2 * num_layers) (GPT-2), the embedding with `embedding_init_method_std` if there is one;
+    norms are one and biases zero. Each process draws the full matrix
     and keeps its slice, so that every layout starts from the same model.
     """
     tied = not policy.architecture.untie_embeddings_and_output_weights
@@ -49,6 +50,8 @@ def _local_values(policy: Policy, name: str, parameter: Tensor, seed: int) -> Te
     rank, size = policy.context.tensor.rank, policy.context.tensor.size
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     std = policy.architecture.init_method_std
+    if "word_embeddings" in name:
+        std = policy.architecture.embedding_init_method_std or std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= (2 * policy.architecture.num_layers) ** 0.5
 

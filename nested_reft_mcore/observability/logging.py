@@ -21,6 +21,9 @@ _NOISE = re.compile(
     r"|The following imports from `dynamic_context\.py` will be removed"
     r"|custom_layers\.transformer_engine'?\s+module is deprecated"
     r"|`torch\.jit\.script(_method)?` is deprecated"
+    r"|full scope is deprecated\. Use empty cuda_graph_scope"
+    r"|The \.grad attribute of a Tensor that is not a leaf"
+    r"|torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"
     r"|lr_scheduler\.step\(\)` before `optimizer\.step\(\)"
 )
 

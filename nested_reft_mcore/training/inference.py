@@ -10,12 +10,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 from nested_reft_mcore.algorithm.counter_random import Stream
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, draw_plan, num_skipped_layers
 from nested_reft_mcore.config.architecture import ModelArchitecture
-from nested_reft_mcore.config.checkpoint_layout import read_checkpoint_architecture
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.inference import GenerateOptions, ModelSource, ScoreOptions
 from nested_reft_mcore.config.schema import ModelConfig
@@ -24,10 +22,9 @@ from nested_reft_mcore.data.jsonl import read_json_lines
 from nested_reft_mcore.data.jsonl_writer import check_output_file
 from nested_reft_mcore.data.prompts import read_requests
 from nested_reft_mcore.data.tokenizers import Tokenizer
-from nested_reft_mcore.hf.config import read_architecture
+from nested_reft_mcore.hf.config import model_architecture
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.model import stage_of_layer
-from nested_reft_mcore.observability.logging import configure_logging
 from nested_reft_mcore.rollout.types import Prompt, SamplingParams
 from nested_reft_mcore.training.chunks import write_from_main
 from nested_reft_mcore.training.completing import GenerationTotals, completed_lines
@@ -45,7 +42,6 @@ def generate_file(options: GenerateOptions, context: ParallelContext) -> None:
     Raises:
         UserError: a file, a line of the prompts or an option is wrong; nothing was generated.
     """
-    configure_logging(rank=context.rank, world_size=context.world_size)
     check_output_file(options.output)
     model, architecture = _model(options)
     tokenizer = load_policy_tokenizer(model, options.tokenizer_path, architecture)
@@ -69,7 +65,6 @@ def score_file(options: ScoreOptions, context: ParallelContext) -> None:
     Raises:
         UserError: a file, a line of the input or an option is wrong; nothing was scored.
     """
-    configure_logging(rank=context.rank, world_size=context.world_size)
     check_output_file(options.output)
     model, architecture = _model(options)
 
@@ -182,7 +177,5 @@ def _check_lengths(given: Sequence[GivenCompletion], num_positions: int) -> None
 
 
 def _model(options: ModelSource) -> tuple[ModelConfig, ModelArchitecture]:
-    model = ModelConfig(hf_path=options.hf, checkpoint=options.checkpoint, dtype=options.dtype)
-    if options.hf is not None:
-        return model, read_architecture(Path(options.hf))
-    return model, read_checkpoint_architecture(str(options.checkpoint))
+    model = options.model()
+    return model, model_architecture(model)

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
-from nested_reft_mcore.config.checkpoint_layout import (
-    read_checkpoint_architecture,
-    resolve_checkpoint,
-)
+from nested_reft_mcore.config.checkpoint_layout import resolve_checkpoint
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
 from nested_reft_mcore.data.prompt import Prompt
 from nested_reft_mcore.data.tokenizers import Tokenizer, load_tokenizer
-from nested_reft_mcore.hf.config import read_architecture
+from nested_reft_mcore.hf.config import model_architecture
 from nested_reft_mcore.hf.tokenizer_files import checkpoint_tokenizer
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.checkpoint import load_weights
@@ -31,7 +28,7 @@ def load_policy(
     Raises:
         UserError: the directory is missing, broken, or holds something else.
     """
-    policy = build_policy(_architecture(model), model, parallel, context)
+    policy = build_policy(model_architecture(model), model, parallel, context)
     if model.hf_path is not None:
         load_hf_weights(policy, Path(model.hf_path))
     elif model.checkpoint is not None:
@@ -96,11 +93,3 @@ def check_room(
                 f"{room}, the model's {architecture.max_position_embeddings} positions less "
                 f"rollout.max_new_tokens={max_new_tokens}; data.max_prompt_length drops longer ones"
             )
-
-
-def _architecture(model: ModelConfig) -> ModelArchitecture:
-    if model.architecture is not None:
-        return model.architecture
-    if model.hf_path is not None:
-        return read_architecture(Path(model.hf_path))
-    return read_checkpoint_architecture(str(model.checkpoint))
