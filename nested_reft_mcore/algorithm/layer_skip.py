@@ -197,6 +197,10 @@ def draw_plan(
     stage. Raises ValueError where more entries are asked for than valid layers exist.
     """
     pools = _stage_pools(num_layers, num_skipped, border_layers, stage_of_layer, stage_extra_cost)
+    if law == "uniform":
+        # Stages mean nothing to it: the same plan for every parallel layout.
+        valid = tuple(range(border_layers, num_layers - border_layers))
+        pools = [_StagePool(sum(pool.cost for pool in pools), valid)]
     floors = _stage_floors(law, pools, num_skipped, PART_COST[part])
     ways = _ways_to_finish(pools, floors, num_skipped)
     skipped: list[int] = []

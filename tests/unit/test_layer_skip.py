@@ -163,6 +163,18 @@ def test_virtual_chunks_of_a_rank_are_one_stage():
         assert sorted(interleaved[layer] for layer, _ in plan.skipped) == [0, 0, 1, 1]
 
 
+def test_uniform_plans_are_the_same_for_every_layout():
+    layouts = [
+        [0] * 28,
+        FOUR_STAGES,
+        [layer // 14 for layer in range(28)],
+        [i % 4 for i in range(28)],
+    ]
+    for step in range(50):
+        plans = {draw_plan("uniform", 28, 8, 1, stages, (5, step)) for stages in layouts}
+        assert len(plans) == 1
+
+
 def test_head_and_embedding_draw_skips_to_their_stage():
     stages = [0] * 4 + [1] * 4
     for i in range(20):
