@@ -32,9 +32,7 @@ def run_generate(values: Mapping[str, Any]) -> int:
     def make() -> Job:
         options = section_from_dict(GenerateOptions, values, COMMAND_LINE)
         check_generate(options)
-        architecture = model_architecture(
-            ModelConfig(hf_path=options.hf, checkpoint=options.checkpoint)
-        )
+        architecture = model_architecture(options.model())
         check_skip_layers(options.skip_layers, architecture)
 
         def work(context: ParallelContext, stop: StopSignals) -> int:
@@ -54,9 +52,7 @@ def run_score(values: Mapping[str, Any]) -> int:
     def make() -> Job:
         options = section_from_dict(ScoreOptions, values, COMMAND_LINE)
         check_score(options)
-        architecture = model_architecture(
-            ModelConfig(hf_path=options.hf, checkpoint=options.checkpoint)
-        )
+        architecture = model_architecture(options.model())
         check_skip_layers(options.skip_layers, architecture)
 
         def work(context: ParallelContext, stop: StopSignals) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
@@ -153,10 +154,13 @@ def check_depth(config: Config, num_layers: int) -> None:
 
 
 def num_skipped(nested: NestedConfig, num_layers: int) -> int:
-    """k, the number of layers to skip: as given, or round(skip_ratio * num_layers)."""
+    """k, the number of layers to skip: as given, or round(skip_ratio * num_layers), halves up.
+
+    As `algorithm.layer_skip.num_skipped_layers` rounds, which needs torch.
+    """
     if nested.num_skipped is not None:
         return nested.num_skipped
-    return round((nested.skip_ratio or 0.0) * num_layers)
+    return math.floor((nested.skip_ratio or 0.0) * num_layers + 0.5 + 1e-9)
 
 
 def check_batches(config: Config, data_parallel_size: int) -> None:

@@ -24,6 +24,8 @@ _NOISE = re.compile(
     r"|full scope is deprecated\. Use empty cuda_graph_scope"
     r"|The \.grad attribute of a Tensor that is not a leaf"
     r"|torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"
+    r"|`load_state_dict` is deprecated and will be removed in future versions"
+    r"|we are deprecating ShardedTensor"
     r"|lr_scheduler\.step\(\)` before `optimizer\.step\(\)"
 )
 
