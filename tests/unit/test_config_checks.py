@@ -206,6 +206,15 @@ def test_skip_ratio_is_of_all_layers(ratio, layers, k):
     assert num_skipped(config(nested={"skip_ratio": ratio}).nested, layers) == k
 
 
+def test_layers_to_skip_are_rounded_as_generate_rounds_them():
+    from nested_reft_mcore.algorithm.layer_skip import num_skipped_layers
+
+    for layers in (12, 28, 50):
+        for ratio in (0.0, 0.125, 0.29, 0.375, 0.42, 0.625):
+            nested = config(nested={"skip_ratio": ratio}).nested
+            assert num_skipped(nested, layers) == num_skipped_layers(ratio, layers)
+
+
 def test_batches_are_shared_evenly():
     made = config(rollout={"prompts_per_step": 6, "group_size": 2}, train={"updates_per_step": 4})
     check_batches(made, 3)
