@@ -1,0 +1,297 @@
+"""One process: the stock layer bit for bit, padded vocabulary, flags, refused checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from model_cases import (
+    NUM_LAYERS,
+    VOCAB_SIZE,
+    architecture,
+    build,
+    forward_backward,
+    randomize_norms_and_biases,
+    training_batch,
+)
+from padding_cases import padded_vocabulary
+
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.config.checkpoint_layout import LATEST_FILE
+from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from nested_reft_mcore.launch.context import ParallelContext, RankInfo
+from nested_reft_mcore.mcore.checkpoint import (
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
+from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
+from nested_reft_mcore.mcore.model import Policy, build_policy
+from nested_reft_mcore.mcore.nested_layer import NestedTransformerLayer
+from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
+from nested_reft_mcore.mcore.transformer_config import block_spec
+from nested_reft_mcore.mcore.weights import initialize_weights
+from nested_reft_mcore.training.run import RunState
+
+PARALLEL = ParallelConfig()
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[ParallelContext]:
+    ranks = RankInfo(0, 1, 0, 1, "127.0.0.1", 0, "single")
+    yield initialize_parallel(PARALLEL, ranks, seed=0)
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def policy(context: ParallelContext) -> Policy:
+    return build(PARALLEL, context)[0]
+
+
+def stock_model(policy: Policy) -> GPTModel:
+    """The same model of Megatron's own layers, with the same weights and core attention."""
+    config, shape = policy.transformer_config, policy.architecture
+    spec: Any = block_spec(config, ModelConfig(architecture=shape), None)
+    for layer in spec.layer_specs:
+        layer.module = TransformerLayer
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=policy.padded_vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        parallel_output=True,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,  # pyright: ignore[reportArgumentType]
+    )
+    model.load_state_dict(policy.chunks[0].state_dict())
+    return model
+
+
+def test_skip_of_nothing_is_the_stock_layer_bit_for_bit(context: ParallelContext) -> None:
+    shape = architecture()
+    # Not wrapped for training: gradients stay where autograd puts them.
+    policy = build_policy(shape, ModelConfig(architecture=shape), PARALLEL, context)
+    initialize_weights(policy, seed=3)
+    randomize_norms_and_biases(policy)
+    stock, (nested,) = stock_model(policy), policy.chunks
+    assert {type(layer) for layer in stock.decoder.layers} == {TransformerLayer}
+    assert {type(layer) for layer in nested.decoder.layers} == {NestedTransformerLayer}
+    batch = training_batch()
+    weights = torch.randn(8, 12, policy.padded_vocab_size)
+
+    def run(model: GPTModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad(set_to_none=True)
+        logits = model(batch.tokens, batch.position_ids, None)
+        (logits * weights).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert len(gradients) > 6 * NUM_LAYERS
+        return logits.detach(), gradients
+
+    logits, gradients = run(stock)
+    with policy.nested(LayerSkipPlan.full(NUM_LAYERS)):
+        nested_logits, nested_gradients = run(nested)
+    assert torch.equal(nested_logits, logits)
+    assert nested_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        assert torch.equal(nested_gradients[name], gradient), name
+    with policy.nested(LayerSkipPlan.parse("3.mlp", NUM_LAYERS)):
+        assert not torch.equal(run(nested)[0], logits)
+
+
+@pytest.mark.parametrize("case", ["tied", "untied"])
+def test_padding_of_the_vocabulary(context: ParallelContext, case: str) -> None:
+    found = padded_vocabulary(PARALLEL, context)[case]
+    assert found.num_padded_rows == 128 - VOCAB_SIZE
+    assert found.padded_gradient == 0
+    assert found.real_gradient > 0
+    assert found.masked_gradient == 0
+    for error in (
+        found.mass_error,
+        found.logprob_error,
+        found.entropy_error,
+        found.gradient_error,
+    ):
+        assert error < 1e-5
+
+
+def test_flags_are_restored_also_after_an_error(policy: Policy) -> None:
+    def flags() -> list[tuple[bool, bool]]:
+        return [(layer.skip_attention, layer.skip_mlp) for layer in policy.layers]
+
+    whole = [(False, False)] * NUM_LAYERS
+    outer = LayerSkipPlan.parse("2,4.attention", NUM_LAYERS)
+    inner = LayerSkipPlan.parse("5.mlp", NUM_LAYERS)
+    assert flags() == whole
+
+    def leave_by_an_error() -> None:
+        with policy.nested(outer):
+            with contextlib.suppress(KeyError), policy.nested(inner):
+                assert flags() == [*whole[:5], (False, True), *whole[6:]]
+                raise KeyError
+            assert policy.plan == outer
+            assert flags() == [*whole[:2], (True, True), whole[0], (True, False), *whole[5:]]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        leave_by_an_error()
+    assert policy.plan == LayerSkipPlan.full(NUM_LAYERS)
+    assert flags() == whole
+    with (
+        pytest.raises(ValueError, match="plan is for 4 layers, the policy has 8"),
+        policy.nested(LayerSkipPlan.full(4)),
+    ):
+        pass
+    assert flags() == whole
+
+
+def test_too_many_broken_updates_in_a_row_end_the_run() -> None:
+    state = RunState(step=7)
+    for applied in (False, False, True, False, False):
+        state.count(applied, limit=3)
+    assert (state.skipped_updates, state.skipped_in_a_row) == (4, 2)
+    with pytest.raises(RuntimeError, match=r"step 7: 3 updates in a row .* was not finite"):
+        state.count(False, limit=3)
+
+
+def test_saving_a_nested_policy_is_refused(policy: Policy, tmp_path: Path) -> None:
+    with (
+        policy.nested(LayerSkipPlan.parse("3", NUM_LAYERS)),
+        pytest.raises(RuntimeError, match="the policy is not whole"),
+    ):
+        save_checkpoint(tmp_path, 1, policy, None, {}, keep=1)
+    assert not list(tmp_path.iterdir())
+
+
+class Evil:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+@pytest.fixture(scope="module")
+def saved(context: ParallelContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of one checkpoint, and one of weights alone."""
+    root = tmp_path_factory.mktemp("saved")
+    policy, optimizer = build(PARALLEL, context)
+    save_checkpoint(root / "run", 3, policy, optimizer, {}, keep=1)
+    save_weights(policy, root / "weights")
+    return root
+
+
+def test_an_index_that_would_run_a_command_is_refused(
+    saved: Path, policy: Policy, tmp_path: Path
+) -> None:
+    directory = tmp_path / "evil"
+    shutil.copytree(saved / "weights", directory)
+    witness = tmp_path / "witness"
+    load_weights(policy, directory)
+    (directory / ".metadata").write_bytes(pickle.dumps(Evil(f"touch {witness}")))
+    with pytest.raises(UserError, match=r"\.metadata: would import posix\.system"):
+        load_weights(policy, directory)
+    assert not witness.exists()
+    # The files with the values are read as data only.
+    shutil.copy(saved / "weights" / ".metadata", directory)
+    torch.save(Evil(f"touch {witness}"), directory / "common.pt")
+    with pytest.raises(UserError, match=r"evil: cannot be loaded: "):
+        load_weights(policy, directory)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no .metadata; expected a complete checkpoint"), (b"torn", r"\.metadata: broken: ")],
+)
+def test_a_torn_index_is_refused(
+    saved: Path, policy: Policy, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    directory = tmp_path / "torn"
+    shutil.copytree(saved / "weights", directory)
+    (directory / ".metadata").unlink()
+    if content is not None:
+        (directory / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_weights(policy, directory)
+
+
+def test_a_root_without_a_usable_latest_is_refused(
+    saved: Path, policy: Policy, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(saved / "run", root)
+    latest = root / LATEST_FILE
+    for content, message in (
+        ("step_00000009\n", "latest: names 'step_00000009', which has no architecture.json"),
+        ("../run/step_00000003\n", "latest: expected the name of a directory beside it"),
+        (None, "run: not a checkpoint; expected architecture.json, or latest naming"),
+    ):
+        latest.unlink()
+        if content is not None:
+            latest.write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_weights(policy, root)
+
+
+def test_another_architecture_is_refused(
+    saved: Path, context: ParallelContext, tmp_path: Path
+) -> None:
+    other, optimizer = build(PARALLEL, context, architecture(ffn_hidden_size=64, num_layers=4))
+    with pytest.raises(
+        UserError, match="ffn_hidden_size=48, num_layers=8; this run's has ffn_hidden_size=64, num"
+    ):
+        load_checkpoint(other, optimizer, saved / "run")
+    # A file that lies about what is beside it.
+    directory = tmp_path / "liar"
+    shutil.copytree(saved / "weights", directory)
+    shape = json.loads((directory / "architecture.json").read_text()) | {"ffn_hidden_size": 64}
+    (directory / "architecture.json").write_text(json.dumps(shape))
+    liar, _ = build(PARALLEL, context, architecture(ffn_hidden_size=64))
+    with pytest.raises(UserError, match=r"liar: cannot be loaded: .*Global shape mismatch"):
+        load_weights(liar, directory)
+
+
+def test_weights_alone_are_no_run_to_resume(saved: Path, context: ParallelContext) -> None:
+    policy, optimizer = build(PARALLEL, context)
+    with pytest.raises(UserError, match=r"weights only; start from it with `model\.checkpoint`"):
+        load_checkpoint(policy, optimizer, saved / "weights")
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["replicated", "distributed"])
+def test_a_run_stopped_before_its_first_step_goes_on(
+    context: ParallelContext, tmp_path: Path, distributed: bool
+) -> None:
+    config = OptimizerConfig(lr=1e-2, use_distributed_optimizer=distributed)
+    full = LayerSkipPlan.full(NUM_LAYERS)
+
+    def train(policy: Policy, optimizer: PolicyOptimizer) -> list[torch.Tensor]:
+        for _ in range(2):
+            forward_backward(policy, optimizer, full, training_batch())
+            assert optimizer.step().applied
+        policy.sync_parameters()
+        return [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
+
+    policy, optimizer = build(PARALLEL, context, optimizer=config)
+    save_checkpoint(tmp_path, 0, policy, optimizer, {}, keep=1)
+    uninterrupted = train(policy, optimizer)
+    resumed, its_optimizer = build(PARALLEL, context, optimizer=config)
+    initialize_weights(resumed, seed=99)
+    assert load_checkpoint(resumed, its_optimizer, tmp_path) == {"step": 0}
+    for found, expected in zip(train(resumed, its_optimizer), uninterrupted, strict=True):
+        assert torch.equal(found, expected)
