@@ -140,8 +140,8 @@ def build_policy(
             rotary_base=architecture.rotary_base,  # pyright: ignore[reportArgumentType]
             vp_stage=index if num_chunks > 1 else None,
         )
-        if torch.cuda.is_available():
-            chunk.cuda(context.device)
+        # Norms are made in float32, whatever the type of the matrices.
+        chunk.to(device=context.device, dtype=config.params_dtype)
         _mark_tensor_parallel(chunk)
         _guard_output(chunk)
         chunks.append(chunk)

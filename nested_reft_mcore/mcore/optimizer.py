@@ -110,7 +110,7 @@ class PolicyOptimizer:
                     state.setdefault("step", torch.tensor(0.0))
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take what a checkpoint holds for `megatron`.
+        """Take what a checkpoint holds for `megatron`, but the options of this run's configuration.
 
         Megatron leaves a count of 0 steps out of a checkpoint, and torch's AdamW then misses it.
         """
@@ -118,7 +118,11 @@ class PolicyOptimizer:
         if has_torch_adam and not self.config.use_distributed_optimizer:
             # With bfloat16 the inner optimizer's state is one level down.
             state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
+        names = ("max_lr", "min_lr", "betas", "eps")
+        ours = [{name: group[name] for name in names} for group in self.megatron.param_groups]
         self.megatron.load_state_dict(state)
+        for group, options in zip(self.megatron.param_groups, ours, strict=True):
+            group.update(options)
 
     def _clip(self, norm: float) -> None:
         if self.config.clip_grad == 0:
@@ -153,4 +157,7 @@ def _scheduler(megatron: Any, config: OptimizerConfig, num_steps: int) -> Optimi
         wd_incr_style="constant",
         wsd_decay_steps=config.lr_wsd_decay_steps,
         lr_wsd_decay_style="linear",
+        # A resumed run follows its configuration, not that of the checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

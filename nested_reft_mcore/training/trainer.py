@@ -58,7 +58,7 @@ def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
         if run.state.step:
             experience.load_state_dict(run.state.data)
         evaluator = None
-        if config.data.eval_path is not None:
+        if config.data.eval_path is not None and config.evaluation.interval > 0:
             evaluator = Evaluator(config, run.tokenizer, run.policy, judge)
         code = _loop(run, experience, evaluator, judge)
         if code == ExitCode.OK and config.checkpoint.export_hf:
@@ -99,7 +99,7 @@ def _loop(run: Run, experience: ExperienceSource, evaluator: Evaluator | None, j
         if evaluator is not None and run.is_due(config.evaluation.interval):
             metrics |= _evaluate(run, evaluator)
         layer_passes.update({k: v for k, v in metrics.items() if k.startswith(LAYER_PASSES)})
-        run.finish_step(metrics, plan.describe())
+        run.finish_step(metrics, rollouts.plan.describe())
         if run.is_due(config.checkpoint.interval):
             run.save()
     if layer_passes:

@@ -1,0 +1,134 @@
+"""A tiny task and configuration, and the command line as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nested_reft_mcore
+
+REPOSITORY = Path(nested_reft_mcore.__file__).parents[1]
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID")
+PIPELINE = "parallel.pipeline_model_parallel_size=2"
+PATIENCE_SECONDS = 240.0
+"""Machines that run tests are shared."""
+
+CONFIG: dict[str, Any] = {
+    "run_dir": "run",
+    "seed": 3,
+    "model": {
+        "architecture": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_query_groups": 1,
+            "ffn_hidden_size": 64,
+            "vocab_size": 41,
+            "max_position_embeddings": 32,
+        }
+    },
+    "data": {
+        "tokenizer_path": "task/tokenizer.model",
+        "train_path": "task/train.jsonl",
+        "eval_path": "task/eval.jsonl",
+    },
+    "sft": {
+        "num_steps": 80,
+        "micro_batch_size": 12,
+        "max_skipped": 1,
+        "border_layers": 0,
+        "log_interval": 20,
+        "optimizer": {"lr": 1.0e-2, "lr_warmup_steps": 5},
+    },
+    # No borders: a plan is one of four, one layer of each stage.
+    "nested": {"num_skipped": 2, "border_layers": 0, "check_plan_across_ranks": True},
+    "rollout": {"prompts_per_step": 4, "group_size": 8, "max_new_tokens": 8, "slots_per_group": 16},
+    # Two updates a step: the second one's ratio is not 1.
+    "algorithm": {"objective": "ppo_clip", "correction": "retrace", "clip_ratio_low": 0.05},
+    "train": {"num_steps": 8, "updates_per_step": 2, "micro_batch_size": 4},
+    "optimizer": {"lr": 1.0e-3},
+    "evaluation": {"interval": 2, "num_samples": 2, "num_prompts": 8},
+    "checkpoint": {"interval": 2},
+}
+
+
+def write_room(directory: Path) -> None:
+    """The generated task under `task/`, and `config.yaml`."""
+    script = REPOSITORY / "examples" / "cpu_demo" / "make_task.py"
+    sizes = ("--num-train", "24", "--num-eval", "12", "--num-demonstrations", "480")
+    subprocess.run(
+        [sys.executable, str(script), "--output", str(directory / "task"), *sizes],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    # JSON is YAML.
+    (directory / "config.yaml").write_text(json.dumps(CONFIG), encoding="utf-8")
+
+
+def start(room: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start `nested-reft arguments` in `room`."""
+    clean = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "nested_reft_mcore", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=room,
+        env=clean | {"PYTHONPATH": path},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, err = process.communicate()
+        raise AssertionError(f"no end after {PATIENCE_SECONDS} seconds:\n{err}") from None
+    return process.returncode, out, err
+
+
+def run(room: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
+    """Run to the end; stdout and stderr."""
+    found, out, err = finish(start(room, *arguments))
+    assert found == code, err
+    return out, err
+
+
+def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Wait while the process runs. AssertionError if it leaves or takes too long."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"did not get there: {process.communicate()}")
+        time.sleep(0.01)
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Whole lines of `metrics.jsonl`, as far as they are written."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run computed, line by line; lines that hold nothing but times are left out."""
+    times = ("time", "perf/throughput", "perf/time_per_step", "perf/generated_tokens_per_second")
+    kept = [
+        {k: v for k, v in line.items() if k not in times and not k.startswith("timing_s/")}
+        for line in lines
+    ]
+    return [line for line in kept if len(line) > 1]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
