@@ -295,3 +295,27 @@ def test_a_run_stopped_before_its_first_step_goes_on(
     assert load_checkpoint(resumed, its_optimizer, tmp_path) == {"step": 0}
     for found, expected in zip(train(resumed, its_optimizer), uninterrupted, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["replicated", "distributed"])
+def test_a_resumed_run_follows_its_own_configuration(
+    context: ParallelContext, tmp_path: Path, distributed: bool
+) -> None:
+    spread = {"use_distributed_optimizer": distributed}
+    full = LayerSkipPlan.full(NUM_LAYERS)
+    decaying = OptimizerConfig(lr=1e-2, lr_decay_style="linear", **spread)
+    policy, optimizer = build(PARALLEL, context, optimizer=decaying)
+    for _ in range(2):
+        forward_backward(policy, optimizer, full, training_batch())
+        optimizer.step()
+    save_checkpoint(tmp_path, 2, policy, optimizer, {}, keep=1)
+    options = {"lr": 4e-3, "min_lr": 1e-3, "adam_beta2": 0.9, "weight_decay": 0.3}
+    changed = OptimizerConfig(**options, lr_decay_style="linear", **spread)
+    policy, optimizer = build(PARALLEL, context, optimizer=changed)
+    load_checkpoint(policy, optimizer, tmp_path)
+    for group in optimizer.megatron.param_groups:
+        assert group["betas"] == (0.9, 0.9)
+        assert group["weight_decay"] in (0.0, 0.3)
+    forward_backward(policy, optimizer, full, training_batch())
+    # Two of ten steps from 4e-3 to 1e-3.
+    assert optimizer.step().lr == pytest.approx(3.4e-3)
