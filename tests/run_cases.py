@@ -24,13 +24,14 @@ CONFIG: dict[str, Any] = {
     "seed": 3,
     "model": {
         "architecture": {
-            "num_layers": 4,
+            "num_layers": 6,
             "hidden_size": 32,
             "num_attention_heads": 2,
             "num_query_groups": 1,
             "ffn_hidden_size": 64,
             "vocab_size": 41,
             "max_position_embeddings": 32,
+            "embedding_init_method_std": 0.2,
         }
     },
     "data": {
@@ -42,12 +43,11 @@ CONFIG: dict[str, Any] = {
         "num_steps": 80,
         "micro_batch_size": 12,
         "max_skipped": 1,
-        "border_layers": 0,
         "log_interval": 20,
         "optimizer": {"lr": 1.0e-2, "lr_warmup_steps": 5},
     },
-    # No borders: a plan is one of four, one layer of each stage.
-    "nested": {"num_skipped": 2, "border_layers": 0, "check_plan_across_ranks": True},
+    # A plan is one of four: one of the two inner layers of each stage.
+    "nested": {"num_skipped": 2, "check_plan_across_ranks": True},
     "rollout": {"prompts_per_step": 4, "group_size": 8, "max_new_tokens": 8, "slots_per_group": 16},
     # Two updates a step: the second one's ratio is not 1.
     "algorithm": {"objective": "ppo_clip", "correction": "retrace", "clip_ratio_low": 0.05},

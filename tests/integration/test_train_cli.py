@@ -1,0 +1,294 @@
+"""The main job through the command line: warm-up, training, leaving, coming back, replay."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_cases import (
+    PIPELINE,
+    finish,
+    metrics_of,
+    read_lines,
+    run,
+    start,
+    wait_until,
+    without_times,
+    write_room,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from nested_reft_mcore.config.load import load_config
+from nested_reft_mcore.data.tokenizers import load_tokenizer
+
+pytestmark = pytest.mark.distributed
+
+NUM_STEPS = 8
+WARM = "model={checkpoint: sft/checkpoints}"
+SFT = ("sft", "config.yaml", "data.train_path=task/sft.jsonl", PIPELINE, "checkpoint.interval=40")
+# verl's names where the meaning is the same (perf/mfu, kl_skip, kl_engine, kl_stale and accept_rate
+# belong to what is not built yet).
+METRICS = (
+    *("critic/rewards/mean", "response_length/mean", "response_length/clip_ratio"),
+    *("actor/entropy", "actor/pg_loss", "actor/ppo_kl", "actor/pg_clipfrac"),
+    *("actor/grad_norm", "actor/lr"),
+    *("rollout_corr/kl", "rollout_corr/k3_kl", "rollout_corr/chi2_token"),
+    *("rollout_corr/rollout_is_mean", "rollout_corr/rollout_is_max"),
+    *("rollout_corr/rollout_is_eff_sample_size", "perf/throughput", "perf/time_per_step"),
+    *("timing_s/gen", "timing_s/reward", "timing_s/old_log_prob", "timing_s/update_actor"),
+    *("timing_s/step", "nested/skip_ratio", "nested/num_skipped", "nested/stage_imbalance"),
+    *("nested/ratio_p05", "nested/ess"),
+)
+EVALUATION = tuple(
+    f"{name}/{mode}"
+    for name in ("val-core/eval/reward", "val-aux/eval/response_length", "val-aux/eval/clip_ratio")
+    for mode in ("greedy", "mean@2")
+)
+
+
+def train(run_dir: str, *more: str) -> tuple[str, ...]:
+    return ("train", "config.yaml", f"run_dir={run_dir}", WARM, *more)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task, and in `sft` a warm start made by two processes."""
+    directory = tmp_path_factory.mktemp("room")
+    write_room(directory)
+    run(directory, *SFT, "run_dir=sft")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(room: Path) -> Path:
+    """The run that nothing interrupts, on two pipeline stages."""
+    run(room, *train("whole", PIPELINE, "checkpoint.export_hf=true"))
+    return room / "whole"
+
+
+def test_warm_up_learns_and_goes_on_from_a_path(room: Path) -> None:
+    lines = metrics_of(room / "sft")
+    losses = [line["sft/loss"] for line in lines if "sft/loss" in line]
+    assert len(losses) == 4
+    assert losses[-1] < 0.8 * losses[0]
+    checkpoint = "checkpoint.resume=sft/checkpoints/step_00000040"
+    run(room, *SFT, "run_dir=sft_again", checkpoint)
+    again = without_times(metrics_of(room / "sft_again"))
+    assert [line["step"] for line in again] == [60, 80]
+    assert again == without_times(lines)[2:]
+
+
+def test_run_directory_tells_what_was_run(room: Path, whole: Path) -> None:
+    assert load_config(whole / "config.yaml", []) == load_config(
+        room / "config.yaml", [*train("whole", PIPELINE, "checkpoint.export_hf=true")[2:]]
+    )
+    environment = json.loads((whole / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["versions"]["torch"] == torch.__version__
+    checkpoints = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert checkpoints == ["latest", "step_00000006", "step_00000008"]
+    assert not (whole / "requeue").exists()
+
+
+def test_metrics_have_the_names_of_the_vocabulary(whole: Path) -> None:
+    lines = metrics_of(whole)
+    by_step = {line["step"]: line for line in lines if "critic/rewards/mean" in line}
+    assert list(by_step) == list(range(1, NUM_STEPS + 1))
+    for line in by_step.values():
+        assert set(METRICS) <= line.keys()
+        assert line["nested/num_skipped"] == 2
+        assert line["nested/stage_imbalance"] == 1
+    # Evaluation before the first step and every second one; a save is timed after its line.
+    assert set(EVALUATION) <= lines[0].keys()
+    assert lines[0]["step"] == 0
+    evaluated = [step for step, line in by_step.items() if set(EVALUATION) <= line.keys()]
+    assert evaluated == [2, 4, 6, 8]
+    assert any("timing_s/testing" in line for line in lines)
+    assert any("timing_s/save_checkpoint" in line for line in lines)
+    # The run is worth comparing with: something was learned from, and off-policy.
+    assert sum(line["actor/grad_norm"] > 1e-3 for line in by_step.values()) > NUM_STEPS // 2
+    assert any(line["actor/pg_clipfrac"] > 0 for line in by_step.values())
+    assert all(abs(line["rollout_corr/kl"]) > 1e-4 for line in by_step.values())
+
+
+def test_tensorboard_holds_the_same_numbers(whole: Path) -> None:
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    for name in ("critic/rewards/mean", "rollout_corr/kl"):
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        written = {line["step"]: line[name] for line in metrics_of(whole) if name in line}
+        assert shown == pytest.approx(written, rel=1e-6)
+
+
+def test_rollouts_are_dumped_with_their_record(room: Path, whole: Path) -> None:
+    tokenizer = load_tokenizer(room / "task" / "tokenizer.model")
+    by_step = {line["step"]: line for line in metrics_of(whole) if "critic/rewards/mean" in line}
+    plans = set()
+    for step in range(NUM_STEPS):
+        lines = read_lines(whole / "rollouts" / f"step_{step:06d}.dp0.jsonl")
+        assert len(lines) == 32
+        for line in lines:
+            assert line["step"] == step
+            assert tuple(tokenizer.encode(line["prompt"])) == tuple(line["prompt_token_ids"])
+            assert tokenizer.decode(tuple(line["token_ids"])) == line["completion"]
+            assert len(line["behavior_logprobs"]) == len(line["token_ids"])
+            assert all(logprob < 0 for logprob in line["behavior_logprobs"])
+            assert line["reward"] in (0.0, 1.0)
+            assert line["plan"]["num_layers"] == 6
+            assert line["source"].startswith("task/train.jsonl:")
+        plans |= {line["plan"]["skipped"] for line in lines}
+        # Metrics count finished steps, files the running one.
+        mean = sum(line["reward"] for line in lines) / 32
+        assert by_step[step + 1]["critic/rewards/mean"] == pytest.approx(mean)
+    assert plans <= {"1,3", "1,4", "2,3", "2,4"}
+    assert len(plans) > 1
+
+
+def test_killed_and_resumed_equals_uninterrupted(room: Path, whole: Path) -> None:
+    """SIGTERM, then SIGKILL after a checkpoint; what is left to do is told by the last start."""
+    directory = room / "killed"
+    # More steps than are ever reached: the kill can't come too late.
+    endless = start(room, *train("killed", PIPELINE, "train.num_steps=1000"))
+    wait_until(endless, lambda: _last_step(directory) >= 1)
+    endless.send_signal(signal.SIGTERM)
+    code, _, err = finish(endless)
+    assert code == 75, err
+    stopped_at = _checkpoint_step(directory)
+    assert (directory / "requeue").read_text() == f"step {stopped_at}\n"
+    assert _last_step(directory) == stopped_at < NUM_STEPS
+
+    endless = start(room, *train("killed", PIPELINE, "train.num_steps=1000"))
+    wait_until(
+        endless,
+        lambda: stopped_at < _checkpoint_step(directory) < _last_step(directory),
+    )
+    endless.kill()
+    assert finish(endless)[0] == -signal.SIGKILL
+    assert not (directory / "requeue").exists()
+    assert stopped_at < _checkpoint_step(directory) < NUM_STEPS
+
+    run(room, *train("killed", PIPELINE))
+    expected, found = without_times(metrics_of(whole)), without_times(metrics_of(directory))
+    assert len(found) == len(expected)
+    for line, other in zip(found, expected, strict=True):
+        assert line == other
+    for folder in ("rollouts", "evaluation"):
+        for path in (whole / folder).iterdir():
+            assert (directory / folder / path.name).read_bytes() == path.read_bytes()
+
+
+def _last_step(directory: Path) -> int:
+    return max((line["step"] for line in metrics_of(directory)), default=-1)
+
+
+def _checkpoint_step(directory: Path) -> int:
+    latest = directory / "checkpoints" / "latest"
+    return int(latest.read_text().strip().removeprefix("step_")) if latest.exists() else -1
+
+
+def test_replay_repeats_updates_without_generating(room: Path, whole: Path) -> None:
+    arguments = ("rollout.replay=whole", "data.train_path=null", "train.num_steps=3")
+    run(room, *train("replayed", PIPELINE, *arguments))
+    original = {line["step"]: line for line in metrics_of(whole) if "actor/pg_loss" in line}
+    lines = [line for line in metrics_of(room / "replayed") if "actor/pg_loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert "perf/generated_tokens_per_second" not in line
+        learned = [name for name in line if name.startswith(("actor/", "rollout_corr/", "critic/"))]
+        assert len(learned) > 15
+        for name in (*learned, "nested/ess", "nested/ratio_p05"):
+            assert line[name] == original[line["step"]][name], name
+
+
+def test_replicas_change_nothing(room: Path) -> None:
+    """One process, and two replicas with everything distributed and overlapped."""
+    steps = "train.num_steps=3"
+    run(room, *train("single", steps))
+    distributed = "optimizer.use_distributed_optimizer=true"
+    overlaps = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
+    run(room, *train("replicas", steps, "parallel.data_parallel_size=2", distributed, *overlaps))
+    single, replicas = _updates(room / "single"), _updates(room / "replicas")
+    assert [line["step"] for line in replicas] == [1, 2, 3]
+    for line, other in zip(replicas, single, strict=True):
+        assert line.keys() == other.keys()
+        for key in other:
+            # Passes are counted on one replica.
+            if not key.startswith("nested/layer_passes"):
+                assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7), key
+    for step in range(3):
+        assert _rollouts(room / "replicas", step) == _rollouts(room / "single", step)
+    assert len(list((room / "replicas" / "rollouts").glob("step_000000.*"))) == 2
+
+
+def _updates(run_dir: Path) -> list[dict[str, Any]]:
+    lines = without_times(metrics_of(run_dir))
+    return [line for line in lines if "actor/pg_loss" in line]
+
+
+def _rollouts(run_dir: Path, step: int) -> list[Any]:
+    """What the replicas dumped, in the order of the global batch."""
+    paths = sorted((run_dir / "rollouts").glob(f"step_{step:06d}.dp*.jsonl"))
+    keys = ("prompt_index", "sample_index", "token_ids", "reward", "finish_reason", "plan")
+    return [[line[key] for key in keys] for path in paths for line in read_lines(path)]
+
+
+def test_evaluate_prints_what_the_run_measured(room: Path, whole: Path) -> None:
+    trained = ("--checkpoint", "whole/checkpoints", "run_dir=measured", "--output", "figures.json")
+    out, _ = run(room, "evaluate", "config.yaml", *trained)
+    last = [line for line in metrics_of(whole) if EVALUATION[0] in line][-1]
+    measured = json.loads((room / "figures.json").read_text())
+    for name in EVALUATION:
+        assert measured[name] == pytest.approx(last[name])
+        assert any(line.split() == [name, f"{last[name]:.6g}"] for line in out.splitlines())
+    completions = (room / "measured" / "evaluate" / "completions.jsonl").read_text()
+    assert completions == (whole / "evaluation" / "step_000008.jsonl").read_text()
+
+
+def test_export_loads_in_transformers_and_answers_alike(room: Path, whole: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(whole / "hf").eval()
+    tokenizer = load_tokenizer(whole / "hf")
+    greedy = [
+        line
+        for line in read_lines(whole / "evaluation" / "step_000008.jsonl")
+        if line["mode"] == "greedy"
+    ]
+    assert len(greedy) == 8
+    for line in greedy:
+        prompt = torch.tensor([tokenizer.encode(line["prompt"])])
+        found = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=8,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        assert tokenizer.decode(tuple(found[0, prompt.shape[1] :].tolist())) == line["completion"]
+
+
+def test_users_mistakes_that_only_the_run_can_find(room: Path) -> None:
+    (room / "empty.jsonl").write_text("\n")
+    line = '{"prompt": "tom 5 ?", "answer": "5", "demonstration": "# 5"}\n'
+    (room / "torn.jsonl").write_text(line + line[:12] + "\n")
+    cases = (
+        (train("refused", PIPELINE, "data.train_path=empty.jsonl"), "empty.jsonl: the data set is"),
+        (train("refused", "data.train_path=torn.jsonl"), "torn.jsonl:2: not JSON: found"),
+        (train("sft"), "sft/checkpoints: was saved by `sft`, this is `train`"),
+        (train("refused", "checkpoint.resume=gone"), "gone: does not exist"),
+    )
+    processes = [start(room, *arguments) for arguments, _ in cases]
+    for (arguments, text), process in zip(cases, processes, strict=True):
+        _check_refusal(process, arguments, text)
+
+
+def _check_refusal(process: subprocess.Popen[str], arguments: Any, text: str) -> None:
+    code, _, err = finish(process)
+    assert code == 2, (arguments, err)
+    assert err.count("error:") == 1, err
+    assert f"error: {text}" in err
+    assert "Traceback" not in err
