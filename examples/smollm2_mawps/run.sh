@@ -16,7 +16,10 @@ python "$here/get_model.py" --output $runs/model --cache $runs/cache
 python "$here/split.py" "$data" --output $runs
 nested-reft convert hf-to-mcore --hf $runs/model --output $runs/converted --force
 python "$here/check.py" before "$here/config.yaml" --hf $runs/model
-rm -rf $runs/nested # five steps are not worth resuming
-nested-reft train "$here/config.yaml"
-python "$here/check.py" after "$here/config.yaml" --hf $runs/model
+rm -rf $runs/warm $runs/nested # start anew: a second run would find the first one finished
+nested-reft sft "$here/config.yaml" run_dir=$runs/warm
+nested-reft convert mcore-to-hf --checkpoint $runs/warm/checkpoints --output $runs/warm/hf
+nested-reft train "$here/config.yaml" model.checkpoint=$runs/warm/checkpoints
+python "$here/check.py" after "$here/config.yaml" --hf $runs/warm/hf
+python "$here/figures.py" $runs/nested
 echo "next: nested-reft generate --hf $runs/nested/hf --prompts FILE.jsonl --output OUT.jsonl"
