@@ -20,8 +20,9 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Rewards, lengths, plan and generation speed over the global batch."""
     replicas = gather_from_replicas(_columns(rollouts, rewards), context)
-    columns = {name: [v for part in replicas for v in part[name]] for name in replicas[0]}
-    plan, executed = rollouts.plan, rollouts.stats.layer_executions
+    columns = {name: [v for replica in replicas for v in replica[name]] for name in replicas[0]}
+    plan = rollouts.plan
+    executed = [sum(passes) for passes in zip(*(r["layer_passes"] for r in replicas), strict=True)]
     generated = sum(columns["response_length"])
     metrics = {
         **_spread("critic/rewards", columns["rewards"]),
@@ -54,6 +55,7 @@ def _columns(rollouts: RolloutBatch, rewards: Tensor) -> dict[str, list[Any]]:
         "prompt_length": [len(rollout.prompt.token_ids) for rollout in rollouts.rollouts],
         "is_clipped": [float(r.finish_reason == "length") for r in rollouts.rollouts],
         "seconds": [rollouts.stats.seconds],
+        "layer_passes": list(rollouts.stats.layer_executions),
     }
 
 

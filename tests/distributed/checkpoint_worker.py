@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from model_cases import Outcome, build, forward_backward, shard, training_batch
+from update_worker import layout
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import OptimizerConfig, ParallelConfig
-from nested_reft_mcore.launch.context import RankInfo
+from nested_reft_mcore.launch.context import ParallelContext, RankInfo
 from nested_reft_mcore.mcore.checkpoint import load_checkpoint, save_checkpoint
-from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
+from nested_reft_mcore.mcore.initialize import shutdown
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
 from nested_reft_mcore.mcore.weights import initialize_weights, named_parameters
@@ -27,42 +28,56 @@ def _step(policy: Policy, optimizer: PolicyOptimizer) -> Outcome:
     return outcome
 
 
-def save(
-    ranks: RankInfo, options: dict[str, Any], optimizer_options: dict[str, Any], root: Path
-) -> None:
-    """Two steps, save, a third step whose result lands beside the checkpoint."""
-    parallel = ParallelConfig(**options)
-    context = initialize_parallel(parallel, ranks, seed=0)
-    config = OptimizerConfig(lr=1e-2, lr_warmup_steps=2, **optimizer_options)
-    policy, optimizer = build(parallel, context, optimizer=config)
-    for _ in range(2):
-        _step(policy, optimizer)
-    save_checkpoint(root, 2, policy, optimizer, {"note": "kept"}, keep=1)
-    outcome = _step(policy, optimizer)
-    after = {name: parameter.detach().clone() for name, parameter in named_parameters(policy)}
-    if context.world_size == 1:
-        torch.save({"loss": outcome.loss, "weights": after}, root / "third_step.pt")
+def save(ranks: RankInfo, optimizers: dict[str, dict[str, Any]], root: Path) -> None:
+    """For each optimizer two steps, save, and a third step that is recorded beside it."""
+    with layout(ranks, {}) as (parallel, context):
+        for name, options in optimizers.items():
+            policy, optimizer = _start(parallel, context, options)
+            for _ in range(2):
+                _step(policy, optimizer)
+            save_checkpoint(root / name, 2, policy, optimizer, {"note": "kept"}, keep=1)
+            outcome = _step(policy, optimizer)
+            after = {n: p.detach().clone() for n, p in named_parameters(policy)}
+            torch.save({"loss": outcome.loss, "weights": after}, root / name / "third_step.pt")
     shutdown()
 
 
 def load(
-    ranks: RankInfo, options: dict[str, Any], optimizer_options: dict[str, Any], root: Path
-) -> float:
-    """Load into a fresh policy, take the third step; returns the largest mean difference."""
-    parallel = ParallelConfig(**options)
-    context = initialize_parallel(parallel, ranks, seed=0)
-    config = OptimizerConfig(lr=1e-2, lr_warmup_steps=2, **optimizer_options)
-    policy, optimizer = build(parallel, context, optimizer=config)
-    initialize_weights(policy, seed=99)
-    state = load_checkpoint(policy, optimizer, root)
-    assert state == {"step": 2, "note": "kept"}
+    ranks: RankInfo,
+    layouts: dict[str, dict[str, Any]],
+    optimizers: dict[str, dict[str, Any]],
+    root: Path,
+) -> dict[str, float]:
+    """Load into fresh policies and take the third step; largest mean differences of a weight."""
+    differences = {}
+    for layout_name, layout_options in layouts.items():
+        with layout(ranks, layout_options) as (parallel, context):
+            for name, options in optimizers.items():
+                policy, optimizer = _start(parallel, context, options)
+                initialize_weights(policy, seed=99)
+                state = load_checkpoint(policy, optimizer, root / name)
+                assert state == {"step": 2, "note": "kept"}
+                differences[f"{layout_name}, {name}"] = _third_step(
+                    policy, optimizer, root / name / "third_step.pt"
+                )
+    shutdown()
+    return differences
+
+
+def _start(
+    parallel: ParallelConfig, context: ParallelContext, options: dict[str, Any]
+) -> tuple[Policy, PolicyOptimizer]:
+    config = OptimizerConfig(lr=1e-2, lr_warmup_steps=2, **options)
+    return build(parallel, context, optimizer=config)
+
+
+def _third_step(policy: Policy, optimizer: PolicyOptimizer, path: Path) -> float:
     outcome = _step(policy, optimizer)
-    expected = torch.load(root / "third_step.pt", weights_only=True)
+    expected = torch.load(path, weights_only=True)
     torch.testing.assert_close(outcome.loss, expected["loss"], rtol=1e-5, atol=0)
     differences = []
     for name, parameter in named_parameters(policy):
         key = name if name in expected["weights"] else "embedding.word_embeddings.weight"
         whole = shard(expected["weights"][key], name, parameter, policy)
         differences.append(float((parameter.detach() - whole).abs().mean()))
-    shutdown()
     return max(differences)
