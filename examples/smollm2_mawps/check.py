@@ -55,8 +55,8 @@ class Checks:
     def same(self, what: str, ours: Tensor, theirs: Tensor) -> None:
         """Compare two tensors, NaN being different from everything."""
         difference = (ours - theirs).abs().max().item()
-        bound = f"largest difference {difference:.1e}, below {TOLERANCE:.0e}"
-        self(difference < TOLERANCE, f"{what}: {bound}")
+        found = f"largest difference {difference:.1e}, allowed below {TOLERANCE:.0e}"
+        self(difference < TOLERANCE, f"{what}: {found}")
 
 
 def main() -> None:
