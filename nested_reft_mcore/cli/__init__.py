@@ -119,7 +119,7 @@ def sft(
 ) -> None:
     """Warm up on demonstrations, with layer dropout if wanted, before `train`.
 
-    Reads the `sft` section and the lines of data.train_path that hold a demonstration. Layer
+    Reads the `sft` section; every line of data.train_path holds a demonstration. Layer
     dropout (sft.max_skipped) is what makes nested policies of small models usable.
 
     \b
