@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from nested_reft_mcore.cli.entry import Job, run_job
-from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.checks import (
     check_architecture,
     check_batches,
@@ -27,6 +26,9 @@ from nested_reft_mcore.hf.config import model_architecture, model_source
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.signals import StopSignals
 
+Work = Callable[[Config, ParallelContext, StopSignals], int]
+"""What a command does on every process; returns the exit code."""
+
 
 def run_train(path: Path, overrides: Sequence[str]) -> int:
     """Reinforced fine-tuning; returns the exit code. Raises UserError."""
@@ -36,21 +38,7 @@ def run_train(path: Path, overrides: Sequence[str]) -> int:
 
         return train(config, context, stop)
 
-    def make() -> Job:
-        config, architecture = _read(path, overrides)
-        check_for_training(config)
-        return Job(
-            parallel=config.parallel,
-            architecture=architecture,
-            work=partial(work, config),
-            check_batches=partial(check_batches, config),
-            seed=config.seed,
-            log_dir=_log_dir(config),
-            log_level=config.logging.level,
-            stoppable=True,
-        )
-
-    return run_job(make)
+    return _run(path, overrides, work, check_for_training, check_batches)
 
 
 def run_sft(path: Path, overrides: Sequence[str]) -> int:
@@ -61,21 +49,7 @@ def run_sft(path: Path, overrides: Sequence[str]) -> int:
 
         return warm_up(config, context, stop)
 
-    def make() -> Job:
-        config, architecture = _read(path, overrides)
-        check_for_warm_up(config)
-        return Job(
-            parallel=config.parallel,
-            architecture=architecture,
-            work=partial(work, config),
-            check_batches=partial(check_warm_up_batches, config),
-            seed=config.seed,
-            log_dir=_log_dir(config),
-            log_level=config.logging.level,
-            stoppable=True,
-        )
-
-    return run_job(make)
+    return _run(path, overrides, work, check_for_warm_up, check_warm_up_batches)
 
 
 def run_evaluate(path: Path, overrides: Sequence[str], output: Path | None) -> int:
@@ -86,16 +60,34 @@ def run_evaluate(path: Path, overrides: Sequence[str], output: Path | None) -> i
 
         return run_evaluation(config, context, output)
 
+    return _run(path, overrides, work, check_for_evaluation)
+
+
+def _run(
+    path: Path,
+    overrides: Sequence[str],
+    work: Work,
+    check: Callable[[Config], None],
+    check_batches: Callable[[Config, int], None] | None = None,
+) -> int:
+    """Read and check the configuration, then do `work`; with batches to split, it heeds signals."""
+
     def make() -> Job:
-        config, architecture = _read(path, overrides)
-        check_for_evaluation(config)
+        config = load_config(path, overrides)
+        check_paths(config)
+        architecture = model_architecture(config.model)
+        check_architecture(architecture, model_source(config.model))
+        check_depth(config, architecture.num_layers)
+        check(config)
         return Job(
             parallel=config.parallel,
             architecture=architecture,
             work=partial(work, config),
+            check_batches=partial(check_batches, config) if check_batches else None,
             seed=config.seed,
             log_dir=_log_dir(config),
             log_level=config.logging.level,
+            stoppable=check_batches is not None,
         )
 
     return run_job(make)
@@ -115,15 +107,6 @@ def with_model(
         raise UserError("--hf and --checkpoint are both set; set one of them")
     origins = {"hf_path": hf, "checkpoint": checkpoint, "architecture": None}
     return [*overrides, *(f"model.{key}={json.dumps(value)}" for key, value in origins.items())]
-
-
-def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, ModelArchitecture]:
-    config = load_config(path, overrides)
-    check_paths(config)
-    architecture = model_architecture(config.model)
-    check_architecture(architecture, model_source(config.model))
-    check_depth(config, architecture.num_layers)
-    return config, architecture
 
 
 def _log_dir(config: Config) -> Path:
