@@ -22,7 +22,13 @@ app = typer.Typer(
 convert_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Convert between Hugging Face directories and checkpoints, in either direction.",
+    help="""Convert between Hugging Face directories and checkpoints, in either direction.
+
+    \b
+    Examples:
+      nested-reft convert hf-to-mcore --hf models/base --output checkpoints/base
+      nested-reft convert mcore-to-hf --checkpoint runs/first/checkpoints --output models/tuned
+    """,
 )
 app.add_typer(convert_app, name="convert")
 
@@ -141,12 +147,13 @@ def evaluate(
     hf: Hf = None,
     checkpoint: Checkpoint = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON, too.")
+        Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")
     ] = None,
 ) -> None:
     """Judge the full-depth model on held-out prompts, greedy and sampled.
 
-    Reads the `evaluation` section and data.eval_path.
+    Reads the `evaluation` section and data.eval_path. Without --checkpoint and --hf it is the
+    configuration's model, or what its run has saved last if that model starts from fresh weights.
 
     \b
     Examples:

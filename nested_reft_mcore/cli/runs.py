@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from nested_reft_mcore.cli.entry import Job, run_job
+from nested_reft_mcore.config.checkpoint_layout import LATEST_FILE
 from nested_reft_mcore.config.checks import (
     check_architecture,
     check_batches,
@@ -53,7 +54,19 @@ def run_sft(path: Path, overrides: Sequence[str]) -> int:
 
 
 def run_evaluate(path: Path, overrides: Sequence[str], output: Path | None) -> int:
-    """Full-depth evaluation; returns the exit code. Raises UserError."""
+    """Full-depth evaluation; returns the exit code. Raises UserError.
+
+    A configuration whose model has fresh weights stands for what its own run has saved.
+    """
+    config = load_config(path, overrides)
+    if config.model.architecture is not None:
+        checkpoints = Path(config.run_dir) / "checkpoints"
+        if not (checkpoints / LATEST_FILE).is_file():
+            raise UserError(
+                f"{path}: its model has fresh weights and {checkpoints} holds no checkpoint; "
+                "say what to evaluate with --checkpoint DIR or --hf DIR"
+            )
+        overrides = with_model(overrides, checkpoint=str(checkpoints))
 
     def work(config: Config, context: ParallelContext, stop: StopSignals) -> int:
         from nested_reft_mcore.training.evaluation_run import run_evaluation

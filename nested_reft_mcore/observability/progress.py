@@ -17,7 +17,7 @@ ProgressMode = Literal["auto", "bar", "plain", "off"]
 _COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("loss", ("sft/loss",), "{:.3f}"),
     ("reward", ("critic/rewards/mean",), "{:.3f}"),
-    ("tokens/s", ("perf/throughput",), "{:,.0f}"),
+    ("tokens/s", ("perf/generated_tokens_per_second", "perf/throughput"), "{:,.0f}"),
     ("ess", ("nested/ess", "rollout_corr/rollout_is_eff_sample_size"), "{:.2f}"),
 )
 

@@ -48,12 +48,12 @@ class GenerationTotals:
     def describe(self) -> str:
         """One line for people."""
         executions = ", ".join(
-            f"{count:,.1f}".removesuffix(".0") + f" on pipeline rank {stage}"
+            f"{count:,.1f}".removesuffix(".0") + f" on stage {stage}"
             for stage, count in enumerate(self.layer_executions)
         )
         return (
             f"{self.num_completions} completions, {self.num_tokens} tokens in {self.seconds:.1f} s "
-            f"({self.tokens_per_second:,.0f} tokens/s); layers run: {executions}"
+            f"({self.tokens_per_second:,.0f} tokens/s); passes through a layer: {executions}"
         )
 
 

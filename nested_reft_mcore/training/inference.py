@@ -103,8 +103,8 @@ def _read_prompts(
     if room < 1:
         raise UserError(
             f"--max-new-tokens {options.max_new_tokens}: the model has "
-            f"{architecture.max_position_embeddings} positions; expected fewer new tokens, so that "
-            "a prompt fits before them"
+            f"{architecture.max_position_embeddings} positions; expected at most "
+            f"{architecture.max_position_embeddings - 1}, less the longest prompt"
         )
     for prompt in prompts:
         if len(prompt.token_ids) > room:

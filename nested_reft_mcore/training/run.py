@@ -197,6 +197,8 @@ class Run:
                 self.config.checkpoint.keep,
                 add_files=add_tokenizer,
             )
+        if self.context.is_main:
+            _log.info("saved step %d: %s", self.state.step, self.checkpoints)
 
     def _checkpoint_to_resume(self) -> Path | None:
         resume = self.config.checkpoint.resume
@@ -217,3 +219,9 @@ class Run:
         self.state = RunState(**{name: state[name] for name in vars(RunState())})
         if self.context.is_main:
             _log.info("%s: going on after step %d", checkpoint, self.state.step)
+            if self.state.step >= self._num_steps:
+                _log.info(
+                    "all %d steps are done; ask for more with %s.num_steps",
+                    self._num_steps,
+                    self._command,
+                )

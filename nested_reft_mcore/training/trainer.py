@@ -103,7 +103,7 @@ def _loop(run: Run, experience: ExperienceSource, evaluator: Evaluator | None, j
         if run.is_due(config.checkpoint.interval):
             run.save()
     if layer_passes:
-        _log.info("layers that the rollouts ran: %s", _describe_passes(layer_passes))
+        _log.info("passes through a layer while generating: %s", _describe_passes(layer_passes))
     return ExitCode.OK
 
 

@@ -106,11 +106,11 @@ def refusal(*arguments: Any) -> str:
 @pytest.mark.parametrize(
     ("arguments", "skipped", "executions"),
     [
-        ((), "", r"48 on pipeline rank 0"),
+        ((), "", r"48 on stage 0"),
         # Two groups, one on its way in each stage; how long a group lives hangs on its members.
-        (("--pipeline-parallel", "2"), "", r"(\d+) on pipeline rank 0, \1 on pipeline rank 1"),
+        (("--pipeline-parallel", "2"), "", r"(\d+) on stage 0, \1 on stage 1"),
         # Of four layers one does not run and one runs by half.
-        (("--tensor-parallel", "2", "--skip-layers", SKIPPED), SKIPPED, r"30 on pipeline rank 0"),
+        (("--tensor-parallel", "2", "--skip-layers", SKIPPED), SKIPPED, r"30 on stage 0"),
     ],
     ids=["alone", "pipeline", "tensor-nested"],
 )
@@ -137,7 +137,9 @@ def test_greedy_is_what_transformers_generates(
     num_tokens = sum(len(line["token_ids"]) for line in lines)
     assert f"{len(PROMPTS)} completions, {num_tokens} tokens in" in last
     assert "tokens/s" in last
-    assert re.search(f"layers run: {executions}; skipped: {skipped or 'none'}$", last), last
+    assert re.search(
+        f"passes through a layer: {executions}; skipped: {skipped or 'none'}$", last
+    ), last
 
 
 @pytest.mark.distributed
