@@ -277,7 +277,7 @@ def test_mistakes_of_generate_are_one_message(room: Path, tmp_path: Path):
         r"prompts\.jsonl:3: the prompt has 6 tokens; expected at most 5, .* 64 positions .* 59",
         refusal(*command, "--max-new-tokens", 59),
     )
-    assert "fewer new tokens" in refusal(*command, "--max-new-tokens", 64)
+    assert "expected at most 63, less" in refusal(*command, "--max-new-tokens", 64)
     assert "expected a file to write" in refusal(*command, "--output", tmp_path)
     assert not output.exists()
     silent = shutil.copytree(

@@ -246,7 +246,7 @@ def test_evaluate_prints_what_the_run_measured(room: Path, whole: Path) -> None:
     for name in EVALUATION:
         assert measured[name] == pytest.approx(last[name])
         assert any(line.split() == [name, f"{last[name]:.6g}"] for line in out.splitlines())
-    completions = (room / "measured" / "evaluate" / "completions.jsonl").read_text()
+    completions = (room / "figures.completions.jsonl").read_text()
     assert completions == (whole / "evaluation" / "step_000008.jsonl").read_text()
 
 
