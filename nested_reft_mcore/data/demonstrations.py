@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import DataConfig
+from nested_reft_mcore.data.collation import lay_out
 from nested_reft_mcore.data.jsonl import read_json_lines
 from nested_reft_mcore.data.prompts import encode_question, require_some_left
 from nested_reft_mcore.data.tokenizers import Tokenizer
@@ -101,26 +101,5 @@ def collate(
         raise ValueError("no demonstrations to make a batch of")
     if not all(item.prompt_ids and item.response_ids for item in demonstrations):
         raise ValueError("a demonstration has an empty prompt or response")
-    longest = max(len(item.prompt_ids) + len(item.response_ids) - 1 for item in demonstrations)
-    if length is None:
-        length = -(-longest // pad_to_multiple) * pad_to_multiple
-    if longest > length or length % pad_to_multiple:
-        raise ValueError(
-            f"length {length} must be a multiple of {pad_to_multiple} and at least {longest}"
-        )
-    shape = (len(demonstrations), length)
-    tokens = torch.full(shape, pad_token_id, dtype=torch.int64)
-    labels = torch.full(shape, pad_token_id, dtype=torch.int64)
-    loss_mask = torch.zeros(shape, dtype=torch.bool)
-    for row, item in enumerate(demonstrations):
-        sequence = torch.tensor(item.prompt_ids + item.response_ids)
-        end = len(sequence) - 1
-        tokens[row, :end] = sequence[:-1]
-        labels[row, :end] = sequence[1:]
-        loss_mask[row, len(item.prompt_ids) - 1 : end] = True
-    return DemonstrationBatch(
-        tokens=tokens,
-        labels=labels,
-        position_ids=torch.arange(length).repeat(len(demonstrations), 1),
-        loss_mask=loss_mask,
-    )
+    pairs = [(item.prompt_ids, item.response_ids) for item in demonstrations]
+    return DemonstrationBatch(*lay_out(pairs, pad_token_id, pad_to_multiple, length))

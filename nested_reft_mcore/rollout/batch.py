@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from nested_reft_mcore.data.collation import lay_out
 from nested_reft_mcore.rollout.types import Rollout
 
 
@@ -63,30 +64,15 @@ class TrainingBatch:
             raise ValueError(f"{len(rollouts)} rollouts but advantages {tuple(advantages.shape)}")
         if any(not rollout.prompt.token_ids for rollout in rollouts):
             raise ValueError("a rollout has an empty prompt: its first token has no context")
-        longest = max(len(r.prompt.token_ids) + len(r.token_ids) - 1 for r in rollouts)
-        if length is None:
-            length = -(-longest // pad_to_multiple) * pad_to_multiple
-        if longest > length or length % pad_to_multiple:
-            raise ValueError(
-                f"length {length} must be a multiple of {pad_to_multiple} and at least {longest}"
-            )
-        shape = (len(rollouts), length)
-        tokens = torch.full(shape, pad_token_id, dtype=torch.int64)
-        labels = torch.full(shape, pad_token_id, dtype=torch.int64)
-        response_mask = torch.zeros(shape, dtype=torch.bool)
-        behavior_logprobs = torch.zeros(shape, dtype=torch.float32)
+        pairs = [(rollout.prompt.token_ids, rollout.token_ids) for rollout in rollouts]
+        rows = lay_out(pairs, pad_token_id, pad_to_multiple, length)
+        behavior_logprobs = torch.zeros(rows.tokens.shape, dtype=torch.float32)
         for row, rollout in enumerate(rollouts):
-            sequence = torch.tensor(rollout.prompt.token_ids + rollout.token_ids)
-            tokens[row, : len(sequence) - 1] = sequence[:-1]
-            labels[row, : len(sequence) - 1] = sequence[1:]
-            response = slice(len(rollout.prompt.token_ids) - 1, len(sequence) - 1)
-            response_mask[row, response] = True
+            start = len(rollout.prompt.token_ids) - 1
+            response = slice(start, start + len(rollout.token_ids))
             behavior_logprobs[row, response] = torch.tensor(rollout.behavior_logprobs)
         return cls(
-            tokens=tokens,
-            labels=labels,
-            position_ids=torch.arange(length).repeat(len(rollouts), 1),
-            response_mask=response_mask,
+            *rows,
             behavior_logprobs=behavior_logprobs,
             advantages=advantages.detach().to("cpu", torch.float32),
         )
