@@ -124,7 +124,11 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a run computed, line by line; lines that hold nothing but times are left out."""
     times = ("time", "perf/throughput", "perf/time_per_step", "perf/generated_tokens_per_second")
     kept = [
-        {k: v for k, v in line.items() if k not in times and not k.startswith("timing_s/")}
+        {
+            k: v
+            for k, v in line.items()
+            if k not in times and not k.startswith(("timing_s/", "checkpoint/"))
+        }
         for line in lines
     ]
     return [line for line in kept if len(line) > 1]

@@ -1,0 +1,57 @@
+"""What one process finds, known to all: nobody waits for a process that has given up."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nested_reft_mcore.launch.context import ParallelContext
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.get_world_size() > 1:
+        dist.barrier(
+            device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None
+        )
+
+
+def gather_all(value: Any, context: ParallelContext) -> list[Any]:
+    """The value of every process, in order of rank, on every process."""
+    if context.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * context.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(action: Callable[[], Any], context: ParallelContext) -> Any:
+    """Do something on the first process; its result, or what it raises, is everybody's.
+
+    The result has to be picklable.
+    """
+    box: list[Any] = [None, None]
+    if context.is_main:
+        try:
+            box[0] = action()
+        except Exception as error:
+            box[1] = error if context.world_size == 1 else _portable(error)
+    if context.world_size > 1:
+        dist.broadcast_object_list(box, src=0, device=context.device)
+    result, error = box
+    if error is not None:
+        raise error
+    return result
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, if another process can be told of it as it is; else its text."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301
+    except Exception:
+        copy = None
+    return error if type(copy) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")
