@@ -71,8 +71,8 @@ def write_room(directory: Path) -> None:
     (directory / "config.yaml").write_text(json.dumps(CONFIG), encoding="utf-8")
 
 
-def start(room: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start `nested-reft arguments` in `room`."""
+def start(room: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `nested-reft arguments` in `room`, with more in its environment."""
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -81,7 +81,7 @@ def start(room: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=room,
-        env=clean | {"PYTHONPATH": path},
+        env=clean | {"PYTHONPATH": path} | environment,
     )
 
 

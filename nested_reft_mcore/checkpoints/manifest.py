@@ -206,9 +206,7 @@ def _wrong_content(directory: Path, entry: FileEntry) -> str | None:
         return f"{entry.name}: {error.strerror}"
     if found == entry.sha256:
         return None
-    return (
-        f"{entry.name}: its checksum is {found[:12]}..., the manifest says {entry.sha256[:12]}..."
-    )
+    return f"{entry.name}: has checksum {found[:12]}, the manifest says {entry.sha256[:12]}"
 
 
 def _share_out(files: Sequence[FileEntry], size: int) -> list[list[FileEntry]]:

@@ -65,6 +65,11 @@ def _train(run: Run, judge: Judge) -> int:
     experience = _experience_source(run, judge)
     if run.state.step:
         experience.load_state_dict(run.state.data)
+
+    def is_evaluation_interrupted() -> bool:
+        fault_point("mid-evaluation", run.state.step, run.context.rank)
+        return run.is_interrupted()
+
     evaluator = None
     if config.data.eval_path is not None and config.evaluation.interval > 0:
         evaluator = Evaluator(
@@ -72,7 +77,7 @@ def _train(run: Run, judge: Judge) -> int:
             run.tokenizer,
             run.policy,
             judge,
-            interrupted=run.is_interrupted,
+            interrupted=is_evaluation_interrupted,
             check=run.check,
         )
     if run.is_fresh and evaluator is not None and config.evaluation.before_training:
