@@ -72,7 +72,7 @@ def leave(command: Callable[[], int]) -> NoReturn:
     well = code in (ExitCode.OK, ExitCode.COME_BACK)
     if ranks.launcher == "mpirun" or (ranks.world_size > 1 and not well):
         # Clean-up could wait for processes that are gone, and the failure would never be seen.
-        # Under mpirun it has to be quick: MPI has ended, and rank 0 waits for the others to leave.
+        # Under mpirun all leave at once: it may kill whoever is left after the first.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(code))
@@ -84,7 +84,7 @@ def run_job(make: Callable[[], Job]) -> int:
 
     Started alone, with sizes that need several processes, this starts them on this machine with
     the same command line, and answers for them. A Slurm step of one task and an mpirun of one
-    process count as started alone. Under mpirun rank 0's code stands for all.
+    process count as started alone. Under mpirun all processes return the same code.
 
     Args:
         make: reads and checks the configuration.

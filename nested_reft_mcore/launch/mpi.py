@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,6 @@ from nested_reft_mcore.launch.context import RankInfo
 from nested_reft_mcore.launch.exit_codes import ExitCode
 
 _INSTALL = "pip install 'nested_reft_mcore[mpi]'"
-_HEAD_START_SECONDS = 0.5
 
 
 class MpiWorld:
@@ -49,7 +47,7 @@ class MpiWorld:
             self._mpi.Init_thread(self._mpi.THREAD_FUNNELED)
         self._world = self._mpi.COMM_WORLD
         if (self._world.rank, self._world.size) != (ranks.rank, ranks.world_size):
-            library = " ".join(self._mpi.Get_library_version().split()[:4]).rstrip(",")
+            library = library_name(self._mpi.Get_library_version())
             raise UserError(
                 f"mpirun: started {ranks.world_size} processes, but mpi4py counts "
                 f"{self._world.size}: it has loaded {library}; expected the MPI that this mpirun "
@@ -78,18 +76,24 @@ class MpiWorld:
     def part(self, code: int) -> int:
         """End MPI together; all processes of the mpirun call this, and leave at once after it.
 
-        mpirun kills the others at the first exit code that is not 0. So rank 0 alone leaves with
-        the code, after the others have left with 0.
+        Once one has left, mpirun may kill the others; nothing is left for them to do. All leave
+        with the same code: MPICH 5 forgets the code of one that leaves after a 0.
+
+        Args:
+            code: this process's own.
 
         Returns:
-            What this process leaves with.
+            What all of them leave with.
         """
         codes = self._world.allgather(int(code))
         self._mpi.Finalize()
-        if self.ranks.rank != 0:
-            return ExitCode.OK
-        time.sleep(_HEAD_START_SECONDS)
         return common_code(codes)
+
+
+def library_name(version: str) -> str:
+    """Name and number out of what MPI_Get_library_version says: `Open MPI v5.0.11`."""
+    first = version.split(",")[0].splitlines()[0] if version.strip() else "an MPI without a name"
+    return " ".join(first.replace("Version:", "").split())
 
 
 def common_code(codes: Sequence[int]) -> int:
