@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -129,6 +130,7 @@ class Run:
             token=self._incarnation.token,
             check_owner=self._check_owner,
         )
+        stop.arm_deadline(config.checkpoint.stop_deadline_seconds, self._leave_unsaved)
         checkpoint = self.checkpoints.find()
         self.is_fresh = checkpoint is None
         if checkpoint is not None:
@@ -290,6 +292,14 @@ class Run:
 
     def _write_requeue(self) -> None:
         self._requeue_file.write_text(f"step {self.checkpoints.newest or 0}\n", encoding="utf-8")
+
+    def _leave_unsaved(self) -> None:
+        """The last thing before the deadline of a stop: the newest checkpoint stands."""
+        if not self.context.is_main:
+            return
+        with suppress(SupersededError):
+            self._check_owner()
+            self._write_requeue()
 
     def _take_over(self) -> Incarnation:
         """Make the run directory this start's."""
