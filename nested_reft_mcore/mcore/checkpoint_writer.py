@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -58,7 +57,6 @@ class CheckpointWriter:
         # of ours a process would be spawned just to hold one.
         filesystem_async._results_queue = queue.Queue()
         strategy = _Strategy("torch_dist", 1, thread_count=1)
-        self._started = time.monotonic()
         self._partial = partial
         self._context = context
         self._request: Any = dist_checkpointing.save(
@@ -93,11 +91,6 @@ class CheckpointWriter:
     def is_written(self) -> bool:
         """Whether this process has nothing more to write."""
         return self._thread is None or not self._thread.is_alive()
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return time.monotonic() - self._started
 
     def publish(
         self, final: Path, *, step: int | None = None, check: Callable[[], None] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,8 @@ class _InFlight:
     """A save whose files are being written."""
 
     step: int
+    started: float
+    """On the monotonic clock, in seconds."""
     writer: CheckpointWriter
     stalls: Timers
     """`timing_s/save`: for how long training has waited."""
@@ -134,7 +137,7 @@ class RunCheckpoints:
     ) -> None:
         """Save; with `async_save` this returns as soon as training may change the weights."""
         self.finish()
-        stalls = Timers()
+        started, stalls = time.monotonic(), Timers()
         with stalls("save"):
             writer = begin_checkpoint(
                 policy,
@@ -144,7 +147,7 @@ class RunCheckpoints:
                 add_files=add_files,
                 snapshot=self._config.async_save,
             )
-            self._in_flight = _InFlight(step, writer, stalls)
+            self._in_flight = _InFlight(step, started, writer, stalls)
             if self._config.async_save:
                 writer.write_in_background()
             else:
@@ -214,7 +217,7 @@ class RunCheckpoints:
 
 def _save_metrics(save: _InFlight, manifest: Manifest) -> dict[str, float]:
     return {
-        "checkpoint/save_seconds": save.writer.seconds,
+        "checkpoint/save_seconds": time.monotonic() - save.started,
         "checkpoint/bytes": float(manifest.num_bytes),
         "checkpoint/stall_seconds": save.stalls.collect()["timing_s/save"],
     }

@@ -7,7 +7,9 @@ those of a run that nothing interrupts, bit for bit.
 
 from __future__ import annotations
 
+import json
 import re
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,24 @@ def test_first_update_at_other_layouts(room: Path) -> None:
         history = without_times(metrics_of(room / name))[:-1]
         whole = without_times(metrics_of(room / "whole"))
         assert history == [line for line in whole if line["step"] <= REPLAYED_STEP]
+
+
+def test_a_save_that_fails_stops_the_run(room: Path) -> None:
+    """Files may not grow to the size of a checkpoint, on either process; the next step is none."""
+    process = start(room, *train("full", *WHOLE, PIPELINE, "checkpoint.interval=2"))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
+    code, _, err = finish(process)
+    assert code == 1, err
+    failure = r"step_00000002: could not be saved: rank 0: .*__0_0.distcp: .*; rank 1: .*__1_0"
+    assert re.search(failure, err), err
+    assert names(room / "full") == [f".partial_step_00000002.{token(room / 'full')}"]
+    recorded = [line["step"] for line in metrics_of(room / "full")]
+    assert max(recorded) in (2, 3)
+
+
+def token(run_dir: Path) -> str:
+    """What tells the owner of a run directory from all others."""
+    return json.loads((run_dir / "incarnation.json").read_text())["token"]
 
 
 def test_the_older_of_two_starts_gives_way(room: Path) -> None:
