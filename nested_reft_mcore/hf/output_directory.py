@@ -1,0 +1,98 @@
+"""A directory that appears whole or not at all: checked, written aside, then renamed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nested_reft_mcore.config.errors import UserError
+
+_SPARE_BYTES = 16 * 10**6
+"""Room for configs, tokenizer and index beside the weights."""
+
+
+def check_output_is_free(output: Path, *, marker: str, kind: str, force: bool) -> None:
+    """Refuse to write over what is there.
+
+    Args:
+        output: Directory to write.
+        marker: File by which a directory of this kind is known.
+        kind: What such directories are called, for the message.
+        force: Allow to replace a directory of this kind.
+
+    Raises:
+        UserError: `output` is a file, or a directory that is not empty; with `force`, only if it
+            has no `marker`, because nobody meant to replace that.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output}: expected a directory to write to, found a file")
+    if not any(output.iterdir()):
+        return
+    if not force:
+        raise UserError(f"{output}: is not empty; choose another directory or use --force")
+    if not (output / marker).is_file():
+        raise UserError(f"{output}: --force replaces {kind} only, and this one has no {marker}")
+
+
+def check_space(output: Path, num_bytes: int) -> None:
+    """Refuse to start what the disk has no room for. What `output` holds now stays until the end.
+
+    Raises:
+        UserError: says how much is needed and how much is free.
+    """
+    existing = next(parent for parent in output.resolve().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    needed = num_bytes + _SPARE_BYTES
+    if free < needed:
+        raise UserError(
+            f"{output}: needs {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB free; "
+            f"free {(needed - free) / 1e9:.2f} GB or choose another disk"
+        )
+
+
+@contextmanager
+def staged_directory(output: Path) -> Iterator[Path]:
+    """Give a new directory beside `output`; it takes the name of `output` if all goes well.
+
+    A directory that is there is replaced at that moment; after an error it is as it was.
+
+    Raises:
+        UserError: the directory cannot be made here, or a file in it cannot be written.
+    """
+    output = output.resolve()
+    aside = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+    try:
+        try:
+            aside.mkdir(parents=True)
+            yield aside
+            _publish(aside, output)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"{output}: cannot be written: {error.strerror}{where}") from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(aside: Path, output: Path) -> None:
+    sync_directory(aside)
+    replaced = aside.with_name(aside.name + "-replaced")
+    if output.exists():
+        output.rename(replaced)
+    aside.rename(output)
+    sync_directory(output.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
