@@ -40,13 +40,15 @@ def check_output_is_free(output: Path, *, marker: str, kind: str, force: bool) -
         raise UserError(f"{output}: --force replaces {kind} only, and this one has no {marker}")
 
 
-def check_space(output: Path, num_bytes: int) -> None:
-    """Refuse to start what the disk has no room for. What `output` holds now stays until the end.
+def check_room(output: Path, num_bytes: int) -> None:
+    """Refuse to start what cannot be written. What `output` holds now stays until the end.
 
     Raises:
-        UserError: says how much is needed and how much is free.
+        UserError: there is no permission, or not enough space: says how much is needed and free.
     """
     existing = next(parent for parent in output.resolve().parents if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
+        raise UserError(f"{output}: no permission to write to {existing}")
     free = shutil.disk_usage(existing).free
     needed = num_bytes + _SPARE_BYTES
     if free < needed:

@@ -28,7 +28,7 @@ from nested_reft_mcore.hf.directory_writer import (
 from nested_reft_mcore.hf.families import weight_map
 from nested_reft_mcore.hf.output_directory import (
     check_output_is_free,
-    check_space,
+    check_room,
     staged_directory,
 )
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
@@ -97,7 +97,7 @@ def export_hf_weights(
             check_output_is_free(
                 output_dir, marker="config.json", kind="Hugging Face directories", force=force
             )
-            check_space(output_dir, plan.num_bytes)
+            check_room(output_dir, plan.num_bytes)
             directory = stack.enter_context(staged_directory(output_dir))
             write_configs(directory, policy.architecture, plan.dtype, tokenizer_source)
             return directory

@@ -130,7 +130,7 @@ class PieceReader:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         # A broken file can raise nearly anything.
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{path}: broken at byte {place.offset}: {reason}") from error
         if not isinstance(loaded, Tensor) or tuple(loaded.shape) != sizes:
             raise UserError(f"{path}: {key}: is not the piece that {INDEX_FILE} tells of")

@@ -20,7 +20,7 @@ from nested_reft_mcore.hf.directory_writer import plan_shards
 from nested_reft_mcore.hf.families import weight_map
 from nested_reft_mcore.hf.output_directory import (
     check_output_is_free,
-    check_space,
+    check_room,
     staged_directory,
 )
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
@@ -77,7 +77,7 @@ def hf_to_mcore(options: HfToMcoreOptions, context: ParallelContext) -> int:
             check_output_is_free(
                 output, marker=ARCHITECTURE_FILE, kind="checkpoints", force=options.force
             )
-            check_space(output, num_bytes)
+            check_room(output, num_bytes)
             return stack.enter_context(staged_directory(output))
 
         directory = on_main_process(begin, context)
@@ -144,7 +144,7 @@ def mcore_to_hf(options: McoreToHfOptions, context: ParallelContext) -> int:
             check_output_is_free(
                 output, marker="config.json", kind="Hugging Face directories", force=options.force
             )
-            check_space(output, plan.num_bytes)
+            check_room(output, plan.num_bytes)
             directory = stack.enter_context(staged_directory(output))
             write_configs(directory, architecture, dtype, tokenizer)
             return directory

@@ -1,6 +1,8 @@
 """Hugging Face directories on disk: what is read, written, refused and left behind."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.hf.directory_writer import ShardWriter, plan_shards, write_json
 from nested_reft_mcore.hf.output_directory import (
     check_output_is_free,
-    check_space,
+    check_room,
     staged_directory,
 )
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
@@ -159,10 +161,29 @@ def test_only_a_directory_of_its_kind_is_replaced_and_only_by_force(tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path):
-    check_space(tmp_path / "deep" / "model", 10)
+    check_room(tmp_path / "deep" / "model", 10)
     with pytest.raises(UserError, match=r"deep/model: needs 1000000\.\d\d GB, but .* GB free"):
-        check_space(tmp_path / "deep" / "model", 10**15)
+        check_room(tmp_path / "deep" / "model", 10**15)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_without_permission_is_refused():
+    """Root may write anywhere, so it becomes nobody for a moment."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as room:
+        Path(room).chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(UserError, match=f"no permission to write to {room}"):
+                check_room(Path(room) / "model", 10)
+            with (
+                pytest.raises(UserError, match="cannot be written: Permission denied"),
+                staged_directory(Path(room) / "model"),
+            ):
+                pass
+        finally:
+            os.seteuid(user)
 
 
 @pytest.mark.parametrize("output", ["/proc/model", "/dev/null/model"])
