@@ -32,9 +32,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.parametrize(
+    "world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))]
+)
 def test_every_layout_scores_like_transformers_and_exports_the_same_bits(
     world_size: int, tmp_path: Path
 ):
