@@ -84,9 +84,7 @@ def write_model(
         "bos_token_id": None,
         "eos_token_id": 7,
     }
-    if case.family == "mistral":
-        shape["sliding_window"] = None
-    config = AutoConfig.for_model(case.family, **shape)
+    config = AutoConfig.for_model(case.family, **shape, **FAMILIES[case.family].extra_keys)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
