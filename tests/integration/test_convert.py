@@ -99,7 +99,7 @@ def test_a_source_that_is_not_there_or_not_supported_is_named(source: Path, tmp_
     (mamba / "config.json").write_text('{"model_type": "mamba"}')
     done = run_tool("convert_hf_to_mcore.py", "--hf", mamba, "--output", tmp_path / "out")
     assert done.returncode == 2
-    assert "'mamba' is not supported; supported are llama, qwen2" in done.stderr
+    assert "'mamba' is not supported; supported are llama, mistral, qwen2, qwen3" in done.stderr
     done = run_tool("convert_mcore_to_hf.py", "--checkpoint", source, "--output", tmp_path / "out")
     assert done.returncode == 2
     assert "not a checkpoint" in done.stderr
