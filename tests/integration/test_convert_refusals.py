@@ -68,7 +68,7 @@ def change_config(source: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, r"'mamba' is not supported; supported are llama"),
-        ({"use_sliding_window": True}, "sliding"),
+        ({"layer_types": ["sliding_attention"] * 4}, "sliding"),
         ({"model_type": "mixtral", "num_local_experts": 8}, r"mixtral|num_local_experts"),
         ({"num_hidden_layers": 3}, r"unexpected: model\.layers\.3\."),
         ({"intermediate_size": 39}, r"gate_proj.weight has shape \[40, 32\], .* \[39, 32\]"),
@@ -179,8 +179,8 @@ def test_checkpoints_that_do_not_fit(source: Path, context: ParallelContext) -> 
     right = architecture.read_text()
     architecture.write_text(right.replace('"num_layers": 4', '"num_layers": 5'))
     assert_not_exported(r"linear_qkv.layer_norm_weight has shape \[4, 32\], .* \[5, 32\]")
-    architecture.write_text(right.replace('"vocab_size": 41', '"vocab_size": 129'))
-    assert_not_exported(r"word_embeddings.weight has shape \[128, 32\], .* \[129, 32\]")
+    architecture.write_text(right.replace('"vocab_size": 1003', '"vocab_size": 1025'))
+    assert_not_exported(r"word_embeddings.weight has shape \[1024, 32\], .* \[1025, 32\]")
     architecture.write_text(right)
     (checkpoint / "__0_0.distcp").write_bytes(b"")
     assert_not_exported(r"__0_0\.distcp: ")
