@@ -71,8 +71,8 @@ def write_room(directory: Path) -> None:
     (directory / "config.yaml").write_text(json.dumps(CONFIG), encoding="utf-8")
 
 
-def start(room: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start `nested-reft arguments` in `room`."""
+def start(room: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `nested-reft arguments` in `room`, with more in its environment."""
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -81,7 +81,7 @@ def start(room: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=room,
-        env=clean | {"PYTHONPATH": path},
+        env=clean | {"PYTHONPATH": path} | environment,
     )
 
 
@@ -124,7 +124,11 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a run computed, line by line; lines that hold nothing but times are left out."""
     times = ("time", "perf/throughput", "perf/time_per_step", "perf/generated_tokens_per_second")
     kept = [
-        {k: v for k, v in line.items() if k not in times and not k.startswith("timing_s/")}
+        {
+            k: v
+            for k, v in line.items()
+            if k not in times and not k.startswith(("timing_s/", "checkpoint/"))
+        }
         for line in lines
     ]
     return [line for line in kept if len(line) > 1]

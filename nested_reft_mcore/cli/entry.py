@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from nested_reft_mcore.config.layout import check_layout, needed_processes
 from nested_reft_mcore.config.schema import ParallelConfig
 from nested_reft_mcore.launch.context import ParallelContext, RankInfo
 from nested_reft_mcore.launch.exit_codes import ExitCode
+from nested_reft_mcore.launch.parent import signal_at_parents_death
 from nested_reft_mcore.launch.ranks import discover_ranks
 from nested_reft_mcore.launch.signals import StopSignals
 from nested_reft_mcore.observability.logging import configure_logging
@@ -23,8 +26,11 @@ from nested_reft_mcore.observability.logging import configure_logging
 if TYPE_CHECKING:
     from typing import NoReturn
 
+    from nested_reft_mcore.launch.mpi import MpiWorld
+
 _PEER_LEFT = ("closed by peer", "reset by peer", "connection refused")
 _PEER_HANGS = ("timed out waiting", "timeout")
+_HEAD_START_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,22 @@ def leave(command: Callable[[], int]) -> NoReturn:
         code = command()
     except UserError as error:
         # Found before the processes met, so every one of them has found the same.
-        if _rank_and_size()[0] == 0:
+        ranks = _ranks_or_single()
+        if ranks.rank == 0:
             _print_error(error)
+        elif ranks.launcher == "mpirun":
+            # Ends the others as soon as one leaves, maybe before rank 0 has said why. Whoever is
+            # left after that has found something of its own.
+            time.sleep(_HEAD_START_SECONDS)
+            _print_error(error, ranks.rank)
         code = ExitCode.USER_ERROR
     except KeyboardInterrupt:
         code = 130
-    if code not in (ExitCode.OK, ExitCode.COME_BACK) and _rank_and_size()[1] > 1:
+    ranks = _ranks_or_single()
+    well = code in (ExitCode.OK, ExitCode.COME_BACK)
+    if ranks.launcher == "mpirun" or (ranks.world_size > 1 and not well):
         # Clean-up could wait for processes that are gone, and the failure would never be seen.
+        # Under mpirun all leave at once: it may kill whoever is left after the first.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(code))
@@ -68,7 +83,8 @@ def run_job(make: Callable[[], Job]) -> int:
     """Check a job against the processes there are; start what is missing; run it.
 
     Started alone, with sizes that need several processes, this starts them on this machine with
-    the same command line, and answers for them. A Slurm step of one task counts as started alone.
+    the same command line, and answers for them. A Slurm step of one task and an mpirun of one
+    process count as started alone. Under mpirun all processes return the same code.
 
     Args:
         make: reads and checks the configuration.
@@ -82,6 +98,14 @@ def run_job(make: Callable[[], Job]) -> int:
     with StopSignals() as stop:
         job = make()
         ranks = discover_ranks(os.environ)
+        if (
+            ranks is not None
+            and ranks.launcher == "torchrun"
+            and "TORCHELASTIC_RUN_ID" in os.environ
+        ):
+            # SIGUSR1 kills torchrun unless it is told to forward it, and its orphans would run on
+            # to the end, unseen. Its death is a request to stop: they save and leave.
+            signal_at_parents_death(signal.SIGTERM)
         alone = ranks is None or (ranks.launcher == "srun" and ranks.world_size == 1)
         needed = needed_processes(job.parallel)
         world_size = needed if alone or ranks is None else ranks.world_size
@@ -107,7 +131,8 @@ def _start_local(num_processes: int, log_dir: Path | None, stop: StopSignals) ->
     if devices < num_processes:
         raise UserError(
             f"parallel: the sizes need {num_processes} processes with a GPU each, but this machine "
-            f"has {devices}; choose smaller sizes, or use several machines with srun or torchrun"
+            f"has {devices}; choose smaller sizes, or use several machines with srun, torchrun or "
+            "mpirun"
         )
     if stop.requested:
         return ExitCode.COME_BACK
@@ -126,10 +151,13 @@ def _work(job: Job, ranks: RankInfo, stop: StopSignals) -> int:
     configure_logging(job.log_level, ranks.rank, ranks.world_size)
     from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
 
+    world = _meet_by_mpi(ranks) if ranks.launcher == "mpirun" else None
     try:
-        context = initialize_parallel(job.parallel, ranks, job.seed)
+        context = initialize_parallel(job.parallel, world.ranks if world else ranks, job.seed)
         code = job.work(context, stop)
         shutdown()
+        if world is not None:
+            code = world.part(code)
     except UserError as error:
         # May be this process's own finding, which nobody else would tell.
         _print_error(error, ranks.rank)
@@ -137,6 +165,12 @@ def _work(job: Job, ranks: RankInfo, stop: StopSignals) -> int:
     except Exception as error:
         return _explain(error, ranks)
     return code
+
+
+def _meet_by_mpi(ranks: RankInfo) -> MpiWorld:
+    from nested_reft_mcore.launch.mpi import MpiWorld
+
+    return MpiWorld(ranks)
 
 
 def _explain(error: Exception, ranks: RankInfo) -> ExitCode:
@@ -154,13 +188,12 @@ def _explain(error: Exception, ranks: RankInfo) -> ExitCode:
     return ExitCode.PEER_LOST if hangs else ExitCode.FAILURE
 
 
-def _rank_and_size() -> tuple[int, int]:
+def _ranks_or_single() -> RankInfo:
     """This process among the launched ones, for messages; alone where the environment is wrong."""
     try:
-        ranks = discover_ranks(os.environ)
+        return discover_ranks(os.environ) or _single()
     except UserError:
-        return 0, 1
-    return (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
+        return _single()
 
 
 def _print_error(error: UserError, rank: int = 0) -> None:

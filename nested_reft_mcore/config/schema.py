@@ -234,10 +234,16 @@ class CheckpointConfig(Section):
 
     interval: int = Field(default=50, ge=0)
     """Steps between checkpoints; 0 saves only at the end."""
-    keep: int = Field(default=2, gt=0)
+    keep_last: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of steps that are a multiple of this are kept for ever; 0 keeps none of them."""
+    async_save: bool = True
+    """Train on while files are written; needs host memory for a copy of what is saved."""
     resume: str = "auto"
-    """`auto` continues the run directory's latest checkpoint if there is one; `never`; a path."""
+    """`auto` goes on from the run directory's newest whole checkpoint; `never`; a path."""
+    stop_deadline_seconds: float = Field(default=0.0, ge=0)
+    """So long after a stop signal the process leaves, saved or not; 0 waits for the save."""
     export_hf: bool = False
     """Write a Hugging Face directory at the end of the run."""
 

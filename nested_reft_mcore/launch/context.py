@@ -9,12 +9,16 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-Launcher = Literal["torchrun", "srun", "local", "single"]
+Launcher = Literal["torchrun", "mpirun", "srun", "local", "single"]
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One process as its launcher numbers it."""
+    """One process as its launcher numbers it.
+
+    mpirun's environment holds no address: there `master_addr` is empty and `master_port` 0 until
+    `launch.mpi.MpiWorld` has found them.
+    """
 
     rank: int
     world_size: int

@@ -1,4 +1,4 @@
-"""Who am I: read from what torchrun, srun or our own local start put into the environment."""
+"""Who am I: read from what torchrun, mpirun, srun or our own start put into the environment."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from nested_reft_mcore.launch.context import Launcher, RankInfo
 LOCAL_MARKER = "NESTED_REFT_LAUNCHER"
 """Set to `local` in workers that the bare start made."""
 
+# rank, size, rank on the node, size of the node. Slurm's srun sets none of Open MPI's four (with
+# --mpi=pmix it sets PMIX_RANK and PMIX_NAMESPACE), and with --mpi=pmi2 it sets PMI_RANK, PMI_SIZE
+# and PMI_FD, but neither MPI_LOCALRANKID nor MPI_LOCALNRANKS. Those come from hydra, the mpirun of
+# MPICH and Intel MPI. Seen with Open MPI 4.1 and 5.0, MPICH 4.0 and 5.0, and Slurm 22.05.
+_OPEN_MPI = (
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+)
+_HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Higher step numbers stand for batch scripts, interactive shells and Slurm's own needs.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
@@ -21,15 +32,21 @@ def discover_ranks(env: Mapping[str, str]) -> RankInfo | None:
     """Read this process's rank from the environment; None if nobody launched it as one of several.
 
     A batch script or an `salloc` shell is not a step of Slurm and counts as bare, whatever
-    `SLURM_NTASKS` says. torchrun wins over srun, which often starts torchrun. Under srun
+    `SLURM_NTASKS` says; so does the only process of an mpirun. torchrun wins over srun and mpirun,
+    which often start torchrun. mpirun wins over srun: inside a job it starts its daemons through
+    srun, and the processes see the step and the task numbers of their daemon. Under srun
     `MASTER_ADDR` and `MASTER_PORT` are taken where set; else the master is the first host of the
-    step and the port follows from the numbers of job and step.
+    step and the port follows from the numbers of job and step. Under mpirun neither is known here.
 
     Raises:
         UserError: variables contradict each other or some are missing; the message names them.
     """
     if "RANK" in env:
         return _from_rendezvous(env)
+    names = _mpirun_names(env)
+    if names is not None:
+        ranks = _from_mpirun(env, names)
+        return ranks if ranks.world_size > 1 else None
     if _is_step(env):
         return _from_step(env)
     left = [name for name in ("WORLD_SIZE", "LOCAL_RANK") if name in env]
@@ -92,7 +109,7 @@ def _from_rendezvous(env: Mapping[str, str]) -> RankInfo:
     if missing:
         raise UserError(
             f"environment: RANK is set, missing: {', '.join(missing)}; "
-            "start with torchrun or srun, or unset RANK"
+            "start with torchrun, mpirun or srun, or unset RANK"
         )
     launcher: Launcher = "local" if env.get(LOCAL_MARKER) == "local" else "torchrun"
     world_size = _number(env, "WORLD_SIZE", least=1)
@@ -141,6 +158,28 @@ def _consistent(
             f"{world_size}={ranks.world_size}"
         )
     return ranks
+
+
+def _mpirun_names(env: Mapping[str, str]) -> tuple[str, str, str, str] | None:
+    """The variables of the mpirun that started this process, if one did."""
+    if "OMPI_COMM_WORLD_RANK" in env:
+        return _OPEN_MPI
+    return _HYDRA if "PMI_RANK" in env and "MPI_LOCALRANKID" in env else None
+
+
+def _from_mpirun(env: Mapping[str, str], names: tuple[str, str, str, str]) -> RankInfo:
+    """mpirun's variables; the address is for rank 0 to choose."""
+    rank, world_size, local_rank, local_world_size = names
+    ranks = RankInfo(
+        rank=_number(env, rank),
+        world_size=_number(env, world_size, least=1),
+        local_rank=_number(env, local_rank),
+        local_world_size=_number(env, local_world_size, least=1),
+        master_addr="",
+        master_port=0,
+        launcher="mpirun",
+    )
+    return _consistent(ranks, *names)
 
 
 def _is_step(env: Mapping[str, str]) -> bool:

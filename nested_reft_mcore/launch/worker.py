@@ -3,26 +3,11 @@
 Run as `python -m nested_reft_mcore.launch.worker LAUNCHER_PID COMMAND [ARGUMENT ...]`.
 """
 
-import ctypes
 import os
 import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process when its parent dies, however it dies; survives an exec.
-
-    Raises:
-        SystemExit: the parent is gone already.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            print(f"prctl: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
-    if os.getppid() != parent:
-        raise SystemExit(128 + signal.SIGKILL)
+from nested_reft_mcore.launch.parent import die_with_parent
 
 
 def main(argv: list[str]) -> None:

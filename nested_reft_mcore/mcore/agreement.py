@@ -1,45 +1,80 @@
-"""Work on several processes that ends well on all of them, or with the same error on all."""
+"""What one process finds, known to all: nobody waits for a process that has given up."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.context import ParallelContext
 
-Value = TypeVar("Value")
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.get_world_size() > 1:
+        dist.barrier(
+            device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None
+        )
 
 
-def on_every_process(work: Callable[[], Value], context: ParallelContext) -> list[Value]:
-    """Do `work` on every process; returns every process's result, in order of rank.
+def gather_all(value: Any, context: ParallelContext) -> list[Any]:
+    """The value of every process, in order of rank, on every process."""
+    if context.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * context.world_size
+    dist.all_gather_object(values, value)
+    return values
 
-    Results have to be small and picklable.
+
+def on_main(action: Callable[[], Any], context: ParallelContext) -> Any:
+    """Do something on the first process; its result, or what it raises, is everybody's.
+
+    The result has to be picklable.
+    """
+    box: list[Any] = [None, None]
+    if context.is_main:
+        try:
+            box[0] = action()
+        except Exception as error:
+            box[1] = error if context.world_size == 1 else _portable(error)
+    if context.world_size > 1:
+        dist.broadcast_object_list(box, src=0, device=context.device)
+    result, error = box
+    if error is not None:
+        raise error
+    return result
+
+
+def on_all(action: Callable[[], Any], context: ParallelContext) -> list[Any]:
+    """Do something on every process; the results of all, in order of rank, on every process.
+
+    The results have to be small and picklable.
 
     Raises:
-        UserError: on every process, as soon as one has raised it, so that nobody waits for a
-            process that has left.
+        UserError: on every process, where at least one has raised it; all that they have to say.
     """
-    value: Value | None = None
+    result: Any = None
     problem: str | None = None
     try:
-        value = work()
+        result = action()
     except UserError as error:
         problem = str(error)
-    outcomes: list[Any] = [(value, problem)]
-    if context.world_size > 1:
-        outcomes *= context.world_size
-        dist.all_gather_object(outcomes, (value, problem))
+    outcomes = gather_all((result, problem), context)
     # Several processes mostly find the same.
-    problems = list(dict.fromkeys(problem for _, problem in outcomes if problem is not None))
+    problems = dict.fromkeys(problem for _, problem in outcomes if problem is not None)
     if problems:
         raise UserError("\n".join(problems))
-    return [value for value, _ in outcomes]
+    return [result for result, _ in outcomes]
 
 
-def on_main_process(work: Callable[[], Value], context: ParallelContext) -> Value:
-    """Do `work` on rank 0 only; its result or its UserError is every process's."""
-    results = on_every_process(lambda: work() if context.is_main else None, context)
-    return cast(Value, results[0])
+def _portable(error: Exception) -> Exception:
+    """The error, if another process can be told of it as it is; else its text."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301
+    except Exception:
+        copy = None
+    return error if type(copy) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")

@@ -11,20 +11,22 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nested_reft_mcore.checkpoints.manifest import Level, verify
+from nested_reft_mcore.checkpoints.publish import partial_directory
 from nested_reft_mcore.config.checkpoint_layout import (
     ARCHITECTURE_FILE,
-    LATEST_FILE,
     read_checkpoint_architecture,
     resolve_checkpoint,
 )
 from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.mcore.agreement import gather_all, on_main
 from nested_reft_mcore.mcore.checkpoint_safety import check_pickles
+from nested_reft_mcore.mcore.checkpoint_writer import CheckpointWriter
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
 
@@ -32,43 +34,51 @@ STATE_FILE = "state.json"
 """Step, data position and whatever else the training loop wants back."""
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
+def begin_checkpoint(
     policy: Policy,
-    optimizer: PolicyOptimizer | None,
-    state: dict[str, Any],
-    keep: int,
+    partial: Path,
+    *,
+    optimizer: PolicyOptimizer | None = None,
+    state: dict[str, Any] | None = None,
     add_files: Callable[[Path], None] | None = None,
-) -> Path:
-    """Write `root/step_<step>` aside, rename it, then move `latest`; drop all but `keep` newest.
+    snapshot: bool = False,
+) -> CheckpointWriter:
+    """Prepare a checkpoint in `partial`; the caller lets it be written and published.
 
-    Every process calls it. A kill at any moment leaves the previous checkpoint as the latest one.
+    Every process calls it.
 
     Args:
-        root: Directory of a run's checkpoints.
-        step: Steps that are done.
         policy: At full depth.
+        partial: Is emptied.
         optimizer: Left out where only weights are wanted.
         state: JSON values that come back from `load_checkpoint`.
-        keep: Newest checkpoints to keep.
-        add_files: Called by one process with the directory before it gets its name.
+        add_files: Called by one process with the directory.
+        snapshot: Whether training goes on while files are written.
 
     Raises:
         RuntimeError: the policy is nested at the moment.
     """
-    final = root / f"step_{step:08d}"
-    save_weights(
-        policy, final, optimizer=optimizer, state={"step": step, **state}, add_files=add_files
-    )
-    if policy.context.is_main:
-        _write_whole(root / LATEST_FILE, final.name + "\n")
-        for old in sorted(root.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
-        for torn in root.glob(".partial_*"):
-            shutil.rmtree(torn)
-    _barrier()
-    return final
+    if policy.plan.skipped:
+        raise RuntimeError("a checkpoint is saved outside of `nested`: the policy is not whole")
+    policy.sync_parameters()
+
+    def prepare() -> None:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+
+    def add() -> None:
+        architecture = policy.architecture.model_dump_json(indent=2)
+        (partial / ARCHITECTURE_FILE).write_text(architecture + "\n", encoding="utf-8")
+        (partial / STATE_FILE).write_text(json.dumps(state or {}, indent=2) + "\n", "utf-8")
+        if add_files is not None:
+            add_files(partial)
+
+    on_main(prepare, policy.context)
+    tensors = _sharded_state(policy, optimizer, is_loading=False)
+    writer = CheckpointWriter(tensors, partial, policy.context, snapshot=snapshot)
+    on_main(add, policy.context)
+    return writer
 
 
 def save_weights(
@@ -79,27 +89,32 @@ def save_weights(
     state: dict[str, Any] | None = None,
     add_files: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write one checkpoint directory; an older one of the same name is replaced."""
-    if policy.plan.skipped:
-        raise RuntimeError("a checkpoint is saved outside of `nested`: the policy is not whole")
-    policy.sync_parameters()
-    partial = directory.with_name(f".partial_{directory.name}")
-    if policy.context.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier()
-    dist_checkpointing.save(_sharded_state(policy, optimizer, is_loading=False), str(partial))
-    if policy.context.is_main:
-        architecture = policy.architecture.model_dump_json(indent=2)
-        _write_whole(partial / ARCHITECTURE_FILE, architecture + "\n")
-        _write_whole(partial / STATE_FILE, json.dumps(state or {}, indent=2) + "\n")
-        if add_files is not None:
-            add_files(partial)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
-        _sync_directory(directory.parent)
-    _barrier()
+    """Write one checkpoint directory and wait for it; an older one of the same name is replaced.
+
+    Every process calls it; `begin_checkpoint` says what the arguments are.
+
+    Raises:
+        RuntimeError: a process could not write, or the policy is nested at the moment.
+    """
+    writer = begin_checkpoint(
+        policy,
+        partial_directory(directory),
+        optimizer=optimizer,
+        state=state,
+        add_files=add_files,
+    )
+    writer.write()
+    writer.publish(directory, step=(state or {}).get("step"))
+
+
+def find_problems(directory: Path, level: Level, context: ParallelContext) -> list[str]:
+    """What is wrong with the files of a checkpoint, looked for by all processes together.
+
+    Every process calls it and gets the same answer; see `checkpoints.manifest.verify`.
+    """
+    mine = verify(directory, level, (context.rank, context.world_size))
+    # A manifest that cannot be read is found by everybody.
+    return list(dict.fromkeys(p for problems in gather_all(mine, context) for p in problems))
 
 
 def load_weights(policy: Policy, path: str | Path) -> None:
@@ -109,12 +124,19 @@ def load_weights(policy: Policy, path: str | Path) -> None:
         UserError: there is no checkpoint, it is broken, or holds another architecture, or more than
             data.
     """
-    _load(policy, None, resolve_checkpoint(path))
+    directory = resolve_checkpoint(path)
+    _check_sizes(directory, policy.context)
+    _load(policy, None, directory)
 
 
 def load_checkpoint(policy: Policy, optimizer: PolicyOptimizer, path: str | Path) -> dict[str, Any]:
-    """Fill policy, optimizer and schedule; returns the saved `state`, `step` among it."""
+    """Fill policy, optimizer and schedule; returns the saved `state`, `step` among it.
+
+    Raises:
+        UserError: as `load_weights` does, and for a checkpoint that holds weights only.
+    """
     directory = resolve_checkpoint(path)
+    _check_sizes(directory, policy.context)
     state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
     if "step" not in state:
         raise UserError(
@@ -123,6 +145,12 @@ def load_checkpoint(policy: Policy, optimizer: PolicyOptimizer, path: str | Path
         )
     _load(policy, optimizer, directory)
     return state
+
+
+def _check_sizes(directory: Path, context: ParallelContext) -> None:
+    problems = find_problems(directory, "sizes", context)
+    if problems:
+        raise UserError(f"{directory}: is broken: {'; '.join(problems)}")
 
 
 def _load(policy: Policy, optimizer: PolicyOptimizer | None, directory: Path) -> None:
@@ -192,29 +220,3 @@ def _weights_only_loading() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _barrier() -> None:
-    if dist.get_world_size() > 1:
-        dist.barrier(
-            device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None
-        )

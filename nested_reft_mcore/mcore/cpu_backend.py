@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import queue
 import sys
 import time
 import types
@@ -35,7 +34,6 @@ def install() -> bool:
     if torch.cuda.is_available():
         return False
     # Megatron decorates functions with torch.compile while it is imported, so it comes first.
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
     import megatron.core.dist_checkpointing.strategies.torch
     import megatron.core.distributed
     import megatron.core.models.gpt
@@ -52,7 +50,6 @@ def install() -> bool:
     _patch_tensor_methods()
     _patch_random_state(megatron_random)
     _patch_distributed_optimizer(megatron.core.optimizer.distrib_optimizer.DistributedOptimizer)
-    _patch_checkpoint_writer(writer)
     return True
 
 
@@ -197,33 +194,3 @@ def _patch_distributed_optimizer(optimizer_class: Any) -> None:
         original(self, model_param, tensors)
 
     optimizer_class._set_main_param_and_optimizer_states = set_states
-
-
-def _patch_checkpoint_writer(writer: Any) -> None:
-    """Write checkpoint files in this process.
-
-    Megatron spawns a manager and forks writers; without a GPU to keep busy that only costs ten
-    seconds a save of imports in the children.
-    """
-    results: queue.Queue[Any] = queue.Queue()
-    writer._get_write_results_queue = lambda: results
-
-    def write_here(
-        transform_list: Any, _use_msc: bool, _rank: int, write_buckets: Any, global_results: Any
-    ) -> None:
-        outcome: Any = {}
-        for index, bucket in enumerate(write_buckets):
-            written: queue.Queue[Any] = queue.Queue()
-            count: queue.Queue[Any] = queue.Queue()
-            count.put(index)
-            writer.FileSystemWriterAsync.write_preloaded_data(
-                transform_list, index, bucket, written, count, use_fsync=True
-            )
-            _, result = written.get()
-            if isinstance(result, Exception):
-                outcome = result
-                break
-            outcome[index] = result
-        global_results.put(outcome)
-
-    writer.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write_here)

@@ -40,7 +40,7 @@ from nested_reft_mcore.hf.tokenizer_files import (
 )
 from nested_reft_mcore.hf.transforms import from_mcore, hf_part, pad_rows, to_mcore, tp_join
 from nested_reft_mcore.hf.weight_map import MapEntry, WeightKind, WeightMap
-from nested_reft_mcore.mcore.agreement import on_main_process
+from nested_reft_mcore.mcore.agreement import on_main
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.weights import named_parameters
 
@@ -102,7 +102,7 @@ def export_hf_weights(
             write_configs(directory, policy.architecture, plan.dtype, tokenizer_source)
             return directory
 
-        directory = on_main_process(begin, context)
+        directory = on_main(begin, context)
         if context.data.rank == 0:
             _export_tensors(policy, mapping, directory, plan)
 
@@ -110,7 +110,7 @@ def export_hf_weights(
             plan.finish(directory)
             stack.close()
 
-        on_main_process(end, context)
+        on_main(end, context)
 
 
 def write_configs(

@@ -33,6 +33,13 @@ from nested_reft_mcore.rollout.types import (
     SamplingParams,
 )
 
+ROUNDS_BETWEEN_QUESTIONS = 4
+"""Decoded tokens after which a generation asks again whether to go on."""
+
+
+class GenerationInterrupted(Exception):
+    """A generation was abandoned because it was asked to."""
+
 
 class RolloutEngine:
     """Generates completions with whatever policy it is handed."""
@@ -53,6 +60,7 @@ class RolloutEngine:
         *,
         first_prompt_index: int = 0,
         detokenize: Callable[[tuple[int, ...]], str] | None = None,
+        interrupted: Callable[[], bool] | None = None,
     ) -> RolloutBatch:
         """Complete each prompt `num_samples` times; the same result on every rank of the model.
 
@@ -61,6 +69,10 @@ class RolloutEngine:
         random numbers, so that replicas with a part of the prompts each draw what one replica with
         all of them would. Results don't depend on `slots_per_group` or the parallel layout, but
         for draws within rounding of a boundary. `plan` must be the policy's plan of the moment.
+
+        `interrupted` is asked every few tokens, on all processes of the model in the same round, so
+        it may communicate among them; it has to give the same answer on all. True abandons the
+        generation on all of them: nothing is left under way, and GenerationInterrupted is raised.
 
         Raises ValueError for another plan, an empty prompt or one that leaves no room for
         `max_new_tokens`.
@@ -71,7 +83,7 @@ class RolloutEngine:
             generation = _Generation(
                 model, prompts, num_samples, sampling, self.slots_per_group, first_prompt_index
             )
-            generation.run()
+            generation.run(interrupted)
             rollouts = generation.rollouts(detokenize)
             attention, mlp = generation.executions()
             seconds = generation.agreed(time.perf_counter() - started)
@@ -154,14 +166,19 @@ class _Generation(Generic[Cache]):
             len(self._completions), sampling.max_new_tokens, device=model.device
         )
 
-    def run(self) -> None:
-        """Generate everything.
+    def run(self, interrupted: Callable[[], bool] | None) -> None:
+        """Generate everything, or raise GenerationInterrupted.
 
         Rounds have the same number on every process of the model, so the top of the loop is the
         place where processes may agree to stop early.
         """
         self._model.begin()
+        num_rounds = 0
         while self._queue or any(lane.group is not None for lane in self._lanes):
+            is_time_to_ask = num_rounds > 0 and num_rounds % ROUNDS_BETWEEN_QUESTIONS == 0
+            if interrupted is not None and is_time_to_ask and interrupted():
+                self._abandon()
+            num_rounds += 1
             for lane in self._lanes:
                 self._advance(lane)
                 self._pass_chunk(lane, 0)
@@ -170,6 +187,15 @@ class _Generation(Generic[Cache]):
                     self._pass_chunk(lane, chunk)
         for lane in self._lanes:
             lane.complete_sendings()
+
+    def _abandon(self) -> None:
+        """Receive what is under way, or later messages would be taken for it; then give up."""
+        for lane in self._lanes:
+            if lane.group is not None:
+                self._learn_tokens(lane, lane.group)
+        for lane in self._lanes:
+            lane.complete_sendings()
+        raise GenerationInterrupted
 
     def rollouts(self, detokenize: Callable[[tuple[int, ...]], str] | None) -> tuple[Rollout, ...]:
         """Every completion with its record; the last stage tells the others the log-probs."""

@@ -34,7 +34,7 @@ from nested_reft_mcore.hf.tokenizer_files import (
 from nested_reft_mcore.hf.weight_map import WeightMap
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.exit_codes import ExitCode
-from nested_reft_mcore.mcore.agreement import on_every_process, on_main_process
+from nested_reft_mcore.mcore.agreement import on_all, on_main
 from nested_reft_mcore.mcore.checkpoint_pieces import checkpoint_key
 from nested_reft_mcore.mcore.convert import (
     WrittenShare,
@@ -80,9 +80,9 @@ def hf_to_mcore(options: HfToMcoreOptions, context: ParallelContext) -> int:
             check_room(output, num_bytes)
             return stack.enter_context(staged_directory(output))
 
-        directory = on_main_process(begin, context)
+        directory = on_main(begin, context)
         with ByteProgress("convert", num_bytes // context.world_size, context.is_main) as progress:
-            shares = on_every_process(
+            shares = on_all(
                 lambda: write_share(
                     directory,
                     reader,
@@ -107,7 +107,7 @@ def hf_to_mcore(options: HfToMcoreOptions, context: ParallelContext) -> int:
                 copy_tokenizer_files(hf_dir, directory / CHECKPOINT_TOKENIZER_DIRECTORY)
             stack.close()
 
-        on_main_process(end, context)
+        on_main(end, context)
     if context.is_main:
         print(f"{output}: checkpoint of {hf_dir}, {_in_words(mapping, dtype)}", flush=True)
     if not options.verify:
@@ -149,11 +149,11 @@ def mcore_to_hf(options: McoreToHfOptions, context: ParallelContext) -> int:
             write_configs(directory, architecture, dtype, tokenizer)
             return directory
 
-        directory = on_main_process(begin, context)
+        directory = on_main(begin, context)
         files = plan.files_of(context.rank, context.world_size)
         share = plan.num_bytes // context.world_size
         with ByteProgress("convert", share, context.is_main) as progress:
-            on_every_process(
+            on_all(
                 lambda: write_hf_files(
                     directory,
                     files,
@@ -170,7 +170,7 @@ def mcore_to_hf(options: McoreToHfOptions, context: ParallelContext) -> int:
             plan.finish(directory)
             stack.close()
 
-        on_main_process(end, context)
+        on_main(end, context)
     if context.is_main:
         with_tokenizer = "with" if tokenizer is not None else "without"
         print(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from nested_reft_mcore.data.stream import shard_range
 from nested_reft_mcore.data.tokenizers import Tokenizer
 from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
-from nested_reft_mcore.rollout.engine import RolloutEngine
+from nested_reft_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
 from nested_reft_mcore.rollout.types import RolloutBatch, SamplingParams
 from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.policy_setup import check_room
@@ -38,8 +40,24 @@ class _Mode:
 class Evaluator:
     """Held-out prompts, and what to do with them."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, policy: Policy, judge: Judge) -> None:
-        """Read the prompts. UserError for anything wrong in the file."""
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        policy: Policy,
+        judge: Judge,
+        *,
+        interrupted: Callable[[], bool] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Read the prompts. UserError for anything wrong in the file.
+
+        `interrupted` is asked while a replica generates, by all of its processes together; `check`
+        is called by every process after each generation and before anything is written, and raises
+        where the evaluation is to be abandoned.
+        """
+        self._interrupted = interrupted
+        self._check = check
         assert config.data.eval_path is not None, "evaluation needs data.eval_path"
         self._tokenizer = tokenizer
         self._policy = policy
@@ -63,18 +81,24 @@ class Evaluator:
         metrics: dict[str, float] = {"val-aux/num_prompts": float(len(self.prompts))}
         lines: list[str] = []
         for mode in self._modes:
-            rollouts = self._engine.generate(
-                self._decoder,
-                self.prompts.prompts[share.start : share.stop],
-                mode.num_samples,
-                mode.sampling,
-                policy.plan,
-                first_prompt_index=share.start,
-                detokenize=self._tokenizer.decode,
-            )
+            rollouts = None
+            with suppress(GenerationInterrupted):
+                rollouts = self._engine.generate(
+                    self._decoder,
+                    self.prompts.prompts[share.start : share.stop],
+                    mode.num_samples,
+                    mode.sampling,
+                    policy.plan,
+                    first_prompt_index=share.start,
+                    detokenize=self._tokenizer.decode,
+                    interrupted=self._interrupted,
+                )
+            self._check()
+            assert rollouts is not None, "generation is interrupted by requests to stop only"
             rewards = self._judge(rollouts)
             metrics |= self._metrics(mode, rollouts, rewards)
             lines += _lines(mode.name, rollouts, rewards)
+        self._check()
         everybody = gather_from_replicas(lines, context)
         if completions_path is not None and is_replica_writer(context) and context.data.rank == 0:
             completions_path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -13,11 +15,12 @@ from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.data.prompts import PromptSet
 from nested_reft_mcore.data.stream import PromptStream, shard_range
 from nested_reft_mcore.data.tokenizers import Tokenizer
+from nested_reft_mcore.launch.faults import fault_point
 from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.rollout.dump import load_rollouts
-from nested_reft_mcore.rollout.engine import RolloutEngine
+from nested_reft_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
 from nested_reft_mcore.rollout.types import RolloutBatch
 from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.sampling import training_sampling
@@ -51,7 +54,16 @@ class GeneratedExperience:
         tokenizer: Tokenizer,
         prompts: PromptSet,
         judge: Judge,
+        *,
+        interrupted: Callable[[], bool],
+        check: Callable[[], None],
     ) -> None:
+        """`interrupted` is asked while a replica generates, by all of its processes together.
+
+        `check` is called by every process after each generation; it raises where the run stops.
+        """
+        self._interrupted = interrupted
+        self._check = check
         self._config = config
         self._policy = policy
         self._decoder = PolicyDecoder(policy)
@@ -68,7 +80,13 @@ class GeneratedExperience:
         data = self._policy.context.data
         batch = [self._prompts[index] for index in self._stream.next()]
         share = shard_range(len(batch), data.rank, data.size)
-        with timers("gen"), self._policy.nested(plan):
+
+        def interrupted() -> bool:
+            fault_point("mid-rollout", step, self._policy.context.rank)
+            return self._interrupted()
+
+        rollouts = None
+        with timers("gen"), self._policy.nested(plan), suppress(GenerationInterrupted):
             rollouts = self._engine.generate(
                 self._decoder,
                 batch[share.start : share.stop],
@@ -77,7 +95,11 @@ class GeneratedExperience:
                 plan,
                 first_prompt_index=share.start,
                 detokenize=self._tokenizer.decode,
+                interrupted=interrupted,
             )
+        # Replicas generate for different times: those that were not interrupted stop here.
+        self._check()
+        assert rollouts is not None, "generation is interrupted by requests to stop only"
         with timers("reward"):
             rewards = self._judge(rollouts)
         return rollouts, rewards

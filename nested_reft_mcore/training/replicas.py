@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -31,13 +31,24 @@ def add_up(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-def any_process(flag: bool, context: ParallelContext) -> bool:
-    """Whether `flag` is set on at least one process; the same answer on all."""
+def any_process(flags: Sequence[bool], context: ParallelContext) -> list[bool]:
+    """Whether each flag is set on at least one process; the same answer on all."""
     if context.world_size == 1:
-        return flag
-    votes = torch.tensor([int(flag)], device=context.device)
+        return list(flags)
+    votes = torch.tensor([int(flag) for flag in flags], device=context.device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return [bool(vote) for vote in votes.tolist()]
+
+
+def any_in_replica(flag: bool, context: ParallelContext) -> bool:
+    """Whether `flag` is set on a process of this replica; the same answer on all of them."""
+    groups = [d.group for d in (context.tensor, context.pipeline) if d.group is not None]
+    if not groups:
+        return flag
+    vote = torch.tensor([int(flag)], device=context.device)
+    for group in groups:
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
+    return bool(vote.item())
 
 
 def is_replica_writer(context: ParallelContext) -> bool:

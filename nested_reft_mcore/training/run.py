@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from nested_reft_mcore.config.checkpoint_layout import LATEST_FILE
+from nested_reft_mcore.checkpoints.publish import sync_file
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import dump_config
 from nested_reft_mcore.config.schema import Config, OptimizerConfig
@@ -20,26 +24,47 @@ from nested_reft_mcore.hf.tokenizer_files import (
 )
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.exit_codes import ExitCode
+from nested_reft_mcore.launch.incarnation import (
+    Incarnation,
+    SupersededError,
+    check_owner,
+    take_over,
+    this_incarnation,
+)
 from nested_reft_mcore.launch.signals import StopSignals
-from nested_reft_mcore.mcore.checkpoint import load_checkpoint, save_checkpoint
+from nested_reft_mcore.mcore.agreement import on_main
+from nested_reft_mcore.mcore.checkpoint import load_checkpoint
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
 from nested_reft_mcore.observability.environment import write_environment
 from nested_reft_mcore.observability.progress import Progress
 from nested_reft_mcore.observability.timers import Timers
-from nested_reft_mcore.observability.tracking import Tracker
+from nested_reft_mcore.observability.tracking import METRICS_FILE, Tracker
 from nested_reft_mcore.training.policy_setup import (
     find_tokenizer,
     load_policy,
     load_policy_tokenizer,
 )
-from nested_reft_mcore.training.replicas import any_process
+from nested_reft_mcore.training.replicas import any_in_replica, any_process
+from nested_reft_mcore.training.saving import RunCheckpoints
 
 _log = logging.getLogger(__name__)
 
 
+_RUN_FILES = ("config.yaml", "environment.json")
+"""What of a run directory also goes into each checkpoint, beside the metrics."""
+
+
+class StopRequest(Exception):
+    """All processes have agreed to stop; what the present step has done is to be forgotten."""
+
+
 @dataclass
 class RunState:
-    """What a run counts; comes back with a checkpoint."""
+    """What a run counts; comes back with a checkpoint.
+
+    Every field is saved as JSON and restored by name: whatever else has to survive a restart, such
+    as the state of a controller, becomes a field here.
+    """
 
     step: int = 0
     """Steps that are done."""
@@ -49,6 +74,9 @@ class RunState:
     """The latest of them, since the last update that was taken."""
     data: dict[str, Any] = field(default_factory=dict)
     """Position in the data."""
+    owed: dict[str, float] | None = None
+    """The step's metrics, while it is not evaluated and recorded yet although its updates are done.
+    Before the first step: empty, while the evaluation before training is to come."""
 
     def count(self, applied: bool, limit: int) -> None:
         """Note an update. RuntimeError after `limit` in a row that were not taken."""
@@ -89,23 +117,34 @@ class Run:
         self._stop = stop
         self._command = command
         self._num_steps = num_steps
-        checkpoint = self._checkpoint_to_resume()
         self.policy = load_policy(config.model, config.parallel, context, config.seed)
         self.tokenizer = load_policy_tokenizer(
             config.model, config.data.tokenizer_path, self.policy.architecture
         )
         self.optimizer = PolicyOptimizer(self.policy, optimizer, num_steps * updates_per_step)
+        self._incarnation: Incarnation = on_main(self._take_over, context)
+        self.checkpoints = RunCheckpoints(
+            self.directory / "checkpoints",
+            config.checkpoint,
+            context,
+            token=self._incarnation.token,
+            check_owner=self._check_owner,
+        )
+        stop.arm_deadline(config.checkpoint.stop_deadline_seconds, self._leave_unsaved)
+        checkpoint = self.checkpoints.find()
+        self.is_fresh = checkpoint is None
         if checkpoint is not None:
             self._resume(checkpoint)
+        self.checkpoints.begin(checkpoint, self.state.step)
         if context.is_main:
-            self.directory.mkdir(parents=True, exist_ok=True)
             dump_config(config, self.directory / "config.yaml")
             write_environment(self.directory, context.world_size)
-            (self.directory / "requeue").unlink(missing_ok=True)
+            self._requeue_file.unlink(missing_ok=True)
+        recorded = self.state.step if self.state.owed is None else self.state.step - 1
         self.tracker = Tracker(
             self.directory,
             is_main=context.is_main,
-            resume_step=None if checkpoint is None else self.state.step,
+            resume_step=None if checkpoint is None else recorded,
             tensorboard=config.logging.tensorboard,
             wandb_project=config.logging.wandb_project,
             config=config.model_dump(mode="json"),
@@ -128,27 +167,60 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self.progress.__exit__(kind, error, traceback)
-        left = self.timers.collect()
+        left = self.timers.collect() | self.checkpoints.metrics()
         if left and kind is None:
             self.tracker.log(self.state.step, left)
         self.tracker.close()
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where the run's checkpoints lie."""
-        return self.directory / "checkpoints"
+    def to_the_end(self, loop: Callable[[], int]) -> int:
+        """Run `loop` and everything that is still to be saved; returns the exit code.
 
-    def should_stop(self) -> bool:
-        """Whether any process was asked to stop; the same answer on all."""
-        return any_process(self._stop.requested, self.context)
+        A request to stop is answered by `COME_BACK`, with everything saved and `requeue` written; a
+        run directory that has a new owner by `FAILURE`, with nothing written.
+        """
+        try:
+            with self:
+                try:
+                    code = loop()
+                    self._finish_saving()
+                except StopRequest:
+                    code = self._come_back_later()
+        except SupersededError as error:
+            if self.context.is_main:
+                _log.error("%s", error)
+            return ExitCode.FAILURE
+        return code
 
-    def come_back_later(self) -> int:
-        """Save, tell the launcher to start the job again, and give the exit code for it."""
-        self.save()
+    def check(self, *, may_stop: bool = True) -> None:
+        """What all processes agree on before they go on or write; every process calls it.
+
+        Also publishes a checkpoint whose files have been written meanwhile.
+
+        Raises:
+            StopRequest: a process was asked to stop, and it `may_stop` here.
+            SupersededError: the run directory has a new owner.
+            RuntimeError: a checkpoint could not be written.
+        """
+        superseded: SupersededError | None = None
         if self.context.is_main:
-            (self.directory / "requeue").write_text(f"step {self.state.step}\n", encoding="utf-8")
-            _log.info("asked to stop: saved after step %d, to be resumed", self.state.step)
-        return ExitCode.COME_BACK
+            try:
+                self._check_owner()
+            except SupersededError as error:
+                superseded = error
+        stop, lost, writing = any_process(
+            (self._stop.requested, superseded is not None, self.checkpoints.is_writing),
+            self.context,
+        )
+        if lost:
+            raise superseded or SupersededError(f"{self.directory} has a new owner")
+        if self.checkpoints.has_unpublished and not writing:
+            self._finish_saving()
+        if stop and may_stop:
+            raise StopRequest
+
+    def is_interrupted(self) -> bool:
+        """Whether a process of this replica was asked to stop; the same answer on all of them."""
+        return any_in_replica(self._stop.requested, self.context)
 
     def is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens now."""
@@ -157,7 +229,7 @@ class Run:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Record metrics of the present step, with the times of its phases."""
-        self.tracker.log(self.state.step, metrics | self.timers.collect())
+        self.tracker.log(self.state.step, metrics | self._times())
 
     def finish_step(self, metrics: dict[str, float], skipped: str, every: int = 1) -> None:
         """Record and show a step that is done, if it is one of `every` so many.
@@ -166,7 +238,7 @@ class Run:
         """
         if not self.is_due(every):
             return
-        metrics = metrics | self.timers.collect()
+        metrics = metrics | self._times()
         # The timers have run since the last step that was recorded.
         seconds = metrics["timing_s/step"] / every
         metrics["perf/time_per_step"] = seconds
@@ -178,35 +250,66 @@ class Run:
         self.progress.update(self.state.step, metrics, skipped=skipped)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
+        """Begin a checkpoint of the present step, after waiting for the one before."""
         tokenizer = find_tokenizer(self.config.model, self.config.data.tokenizer_path)
 
-        def add_tokenizer(directory: Path) -> None:
+        def add_files(directory: Path) -> None:
             target = directory / CHECKPOINT_TOKENIZER_DIRECTORY
             target.mkdir()
             copy_tokenizer_files(tokenizer, target)
+            for name in (*_RUN_FILES, METRICS_FILE):
+                sync_file(self.directory / name)
+                shutil.copyfile(self.directory / name, directory / name)
 
-        state = {"command": self._command, **vars(self.state)}
+        state = {"command": self._command, **asdict(self.state)}
         with self.timers("save_checkpoint"):
-            save_checkpoint(
-                self.checkpoints,
-                self.state.step,
-                self.policy,
-                self.optimizer,
-                state,
-                self.config.checkpoint.keep,
-                add_files=add_tokenizer,
-            )
-        if self.context.is_main:
-            _log.info("saved step %d: %s", self.state.step, self.checkpoints)
+            self.checkpoints.start(self.state.step, self.policy, self.optimizer, state, add_files)
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        resume = self.config.checkpoint.resume
-        if resume == "never":
-            return None
-        if resume != "auto":
-            return Path(resume)
-        return self.checkpoints if (self.checkpoints / LATEST_FILE).is_file() else None
+    def _finish_saving(self) -> None:
+        with self.timers("save_checkpoint"):
+            self.checkpoints.finish()
+
+    def _come_back_later(self) -> int:
+        """Save what is not saved, tell the launcher to start the job again; its exit code."""
+        self._finish_saving()
+        if self.state.owed is not None:
+            self.state.owed = self.state.owed | self._times()
+        if self.checkpoints.newest != self.state.step:
+            self.save()
+            self._finish_saving()
+        self.check(may_stop=False)
+        if self.context.is_main:
+            self._write_requeue()
+            _log.info("asked to stop: saved after step %d, to be resumed", self.state.step)
+        return ExitCode.COME_BACK
+
+    def _times(self) -> dict[str, float]:
+        return self.timers.collect() | self.checkpoints.metrics()
+
+    @property
+    def _requeue_file(self) -> Path:
+        return self.directory / "requeue"
+
+    def _write_requeue(self) -> None:
+        self._requeue_file.write_text(f"step {self.checkpoints.newest or 0}\n", encoding="utf-8")
+
+    def _leave_unsaved(self) -> None:
+        """The last thing before the deadline of a stop: the newest checkpoint stands."""
+        if not self.context.is_main:
+            return
+        with suppress(SupersededError):
+            self._check_owner()
+            self._write_requeue()
+
+    def _take_over(self) -> Incarnation:
+        """Make the run directory this start's."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        mine = this_incarnation(os.environ)
+        take_over(self.directory, mine)
+        return mine
+
+    def _check_owner(self) -> None:
+        check_owner(self.directory, self._incarnation)
 
     def _resume(self, checkpoint: Path) -> None:
         state = load_checkpoint(self.policy, self.optimizer, checkpoint)
@@ -217,6 +320,9 @@ class Run:
                 "model.checkpoint and checkpoint.resume=never"
             )
         self.state = RunState(**{name: state[name] for name in vars(RunState())})
+        metrics = self.directory / METRICS_FILE
+        if self.context.is_main and not metrics.exists():
+            shutil.copyfile(checkpoint / METRICS_FILE, metrics)
         if self.context.is_main:
             _log.info("%s: going on after step %d", checkpoint, self.state.step)
             if self.state.step >= self._num_steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from functools import partial
 
 import torch.distributed as dist
 
@@ -15,6 +16,7 @@ from nested_reft_mcore.data.prompts import load_prompts
 from nested_reft_mcore.hf.config import check_exportable
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.exit_codes import ExitCode
+from nested_reft_mcore.launch.faults import fault_point
 from nested_reft_mcore.launch.signals import StopSignals
 from nested_reft_mcore.mcore.hf_weights import export_hf_weights
 from nested_reft_mcore.mcore.model import Policy
@@ -53,31 +55,53 @@ def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
     )
     if config.checkpoint.export_hf:
         check_exportable(run.policy.architecture)
-    with run, Judge(config.reward, context) as judge:
-        experience = _experience_source(run, judge)
-        if run.state.step:
-            experience.load_state_dict(run.state.data)
-        evaluator = None
-        if config.data.eval_path is not None and config.evaluation.interval > 0:
-            evaluator = Evaluator(config, run.tokenizer, run.policy, judge)
-        code = _loop(run, experience, evaluator, judge)
-        if code == ExitCode.OK and config.checkpoint.export_hf:
-            source = find_tokenizer(config.model, config.data.tokenizer_path)
-            export_hf_weights(run.policy, run.directory / "hf", source, force=True)
-    return code
+    with Judge(config.reward, context) as judge:
+        return run.to_the_end(partial(_train, run, judge))
 
 
-def _loop(run: Run, experience: ExperienceSource, evaluator: Evaluator | None, judge: Judge) -> int:
+def _train(run: Run, judge: Judge) -> int:
+    """Set up what the loop needs, run it, and export if that is asked for."""
+    config = run.config
+    experience = _experience_source(run, judge)
+    if run.state.step:
+        experience.load_state_dict(run.state.data)
+
+    def is_evaluation_interrupted() -> bool:
+        fault_point("mid-evaluation", run.state.step, run.context.rank)
+        return run.is_interrupted()
+
+    evaluator = None
+    if config.data.eval_path is not None and config.evaluation.interval > 0:
+        evaluator = Evaluator(
+            config,
+            run.tokenizer,
+            run.policy,
+            judge,
+            interrupted=is_evaluation_interrupted,
+            check=run.check,
+        )
+    if run.is_fresh and evaluator is not None and config.evaluation.before_training:
+        run.state.owed = {}
+    _loop(run, experience, evaluator, judge)
+    if config.checkpoint.export_hf:
+        run.check(may_stop=False)
+        source = find_tokenizer(config.model, config.data.tokenizer_path)
+        export_hf_weights(run.policy, run.directory / "hf", source, force=True)
+    return ExitCode.OK
+
+
+def _loop(
+    run: Run, experience: ExperienceSource, evaluator: Evaluator | None, judge: Judge
+) -> None:
     """Generate, judge, update, and whatever else is due, step by step."""
     config, timers, state = run.config, run.timers, run.state
     schedule = skip_schedule(config, run.policy)
     layer_passes: Counter[str] = Counter()
     learner = Learner(config, run.policy, run.optimizer, run.tokenizer.pad_token_id, timers)
-    if evaluator is not None and state.step == 0 and config.evaluation.before_training:
-        run.log(_evaluate(run, evaluator))
+    if state.owed is not None:
+        _conclude(run, evaluator, state.owed, "")
     for step in range(state.step, config.train.num_steps):
-        if run.should_stop():
-            return run.come_back_later()
+        run.check()
         with timers("step"):
             plan = schedule.plan(step)
             if config.nested.check_plan_across_ranks:
@@ -92,19 +116,39 @@ def _loop(run: Run, experience: ExperienceSource, evaluator: Evaluator | None, j
             for minibatch in batch.deal(config.train.updates_per_step):
                 updates.append(learner.update(minibatch))
                 state.count(updates[-1].applied, config.train.max_skipped_updates)
+                fault_point("mid-update", step, run.context.rank)
             metrics |= mean_over_updates(updates) | judge.metrics()
+        # The weights have changed: from here on the step is done, whoever asks to stop.
+        run.check(may_stop=False)
         if config.logging.dump_rollouts and is_replica_writer(run.context):
             dump_rollouts(run.directory, step, run.context.data.rank, rollouts, rewards.tolist())
         state.step, state.data = step + 1, experience.state_dict()
-        if evaluator is not None and run.is_due(config.evaluation.interval):
-            metrics |= _evaluate(run, evaluator)
         layer_passes.update({k: v for k, v in metrics.items() if k.startswith(LAYER_PASSES)})
-        run.finish_step(metrics, rollouts.plan.describe())
-        if run.is_due(config.checkpoint.interval):
-            run.save()
+        _conclude(run, evaluator, metrics, rollouts.plan.describe())
     if layer_passes:
         _log.info("passes through a layer while generating: %s", _describe_passes(layer_passes))
-    return ExitCode.OK
+
+
+def _conclude(
+    run: Run, evaluator: Evaluator | None, metrics: dict[str, float], skipped: str
+) -> None:
+    """Evaluate, record and save what is due after a step, or before the first one.
+
+    A request to stop that interrupts the evaluation leaves all of it to the resumed run.
+    """
+    config, step = run.config, run.state.step
+    run.state.owed = metrics
+    evaluation: dict[str, float] = {}
+    if evaluator is not None and (step == 0 or run.is_due(config.evaluation.interval)):
+        with run.timers("testing"):
+            evaluation = evaluator(run.directory / "evaluation" / f"step_{step:06d}.jsonl")
+    run.state.owed = None
+    if step == 0:
+        run.log(metrics | evaluation)
+        return
+    run.finish_step(metrics | evaluation, skipped)
+    if run.is_due(config.checkpoint.interval):
+        run.save()
 
 
 def skip_schedule(config: Config, policy: Policy) -> LayerSkipSchedule:
@@ -137,15 +181,18 @@ def _describe_passes(layer_passes: Counter[str]) -> str:
     )
 
 
-def _evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
-    with run.timers("testing"):
-        return evaluator(run.directory / "evaluation" / f"step_{run.state.step:06d}.jsonl")
-
-
 def _experience_source(run: Run, judge: Judge) -> ExperienceSource:
     if run.config.rollout.replay is not None:
         return ReplayedExperience(run.config, run.policy)
     assert run.config.data.train_path is not None, "checked before any process started"
     prompts = load_prompts(run.config.data.train_path, run.config.data, run.tokenizer)
     check_room(prompts.prompts, run.config.rollout.max_new_tokens, run.policy.architecture)
-    return GeneratedExperience(run.config, run.policy, run.tokenizer, prompts, judge)
+    return GeneratedExperience(
+        run.config,
+        run.policy,
+        run.tokenizer,
+        prompts,
+        judge,
+        interrupted=run.is_interrupted,
+        check=run.check,
+    )

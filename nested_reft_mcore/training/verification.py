@@ -17,7 +17,7 @@ from nested_reft_mcore.data.tokenizers import load_tokenizer
 from nested_reft_mcore.hf.tokenizer_files import has_tokenizer
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.exit_codes import ExitCode
-from nested_reft_mcore.mcore.agreement import on_main_process
+from nested_reft_mcore.mcore.agreement import on_main
 from nested_reft_mcore.mcore.checkpoint import load_weights
 from nested_reft_mcore.mcore.model import build_policy
 from nested_reft_mcore.mcore.pipeline import forward_logits
@@ -76,7 +76,7 @@ def verify(
         reference = _reference_logits(hf_dir, dtype, sequences)
         return compare_logits([logits[0] for logits in ours if logits is not None], reference)
 
-    found = on_main_process(compare, context)
+    found = on_main(compare, context)
     good = found.largest_difference <= tolerance
     if context.is_main:
         print(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from nested_reft_mcore.algorithm.counter_random import Stream, integer_below
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, draw_plan
 from nested_reft_mcore.config.schema import Config, SftConfig
-from nested_reft_mcore.data.demonstrations import Demonstration, collate, load_demonstrations
+from nested_reft_mcore.data.demonstrations import (
+    Demonstration,
+    DemonstrationSet,
+    collate,
+    load_demonstrations,
+)
 from nested_reft_mcore.data.stream import PromptStream, shard_range
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.exit_codes import ExitCode
@@ -39,24 +46,29 @@ def warm_up(config: Config, context: ParallelContext, stop: StopSignals) -> int:
     stream = PromptStream(len(demonstrations), sft.global_batch_size, config.seed)
     if run.state.step:
         stream.load_state_dict(run.state.data)
+    return run.to_the_end(partial(_loop, run, demonstrations, stream))
+
+
+def _loop(run: Run, demonstrations: DemonstrationSet, stream: PromptStream) -> int:
+    """Imitate, record and save, step by step."""
+    config, context, sft = run.config, run.context, run.config.sft
     share = shard_range(sft.global_batch_size, context.data.rank, context.data.size)
-    with run:
-        for step in range(run.state.step, sft.num_steps):
-            if run.should_stop():
-                return run.come_back_later()
-            with run.timers("step"):
-                plan = dropout_plan(sft, run.policy, config.seed, step)
-                places = stream.next()[share.start : share.stop]
-                batch = training_batch(
-                    [demonstrations[place] for place in places],
-                    run.tokenizer.pad_token_id,
-                    context.tensor.size,
-                )
-                metrics = _update(run, batch, plan)
-            run.state.step, run.state.data = step + 1, stream.state_dict()
-            run.finish_step(metrics, plan.describe(), every=sft.log_interval)
-            if run.is_due(config.checkpoint.interval):
-                run.save()
+    for step in range(run.state.step, sft.num_steps):
+        run.check()
+        with run.timers("step"):
+            plan = dropout_plan(sft, run.policy, config.seed, step)
+            places = stream.next()[share.start : share.stop]
+            batch = training_batch(
+                [demonstrations[place] for place in places],
+                run.tokenizer.pad_token_id,
+                context.tensor.size,
+            )
+            metrics = _update(run, batch, plan)
+        run.state.step, run.state.data = step + 1, stream.state_dict()
+        run.check(may_stop=False)
+        run.finish_step(metrics, plan.describe(), every=sft.log_interval)
+        if run.is_due(config.checkpoint.interval):
+            run.save()
     return ExitCode.OK
 
 

@@ -12,7 +12,7 @@ from update_worker import layout
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import OptimizerConfig, ParallelConfig
 from nested_reft_mcore.launch.context import ParallelContext, RankInfo
-from nested_reft_mcore.mcore.checkpoint import load_checkpoint, save_checkpoint
+from nested_reft_mcore.mcore.checkpoint import load_checkpoint, save_weights
 from nested_reft_mcore.mcore.initialize import shutdown
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
@@ -39,7 +39,8 @@ def save(ranks: RankInfo, cases: dict[str, Case], root: Path) -> None:
             policy, optimizer = _start(parallel, context, case)
             for _ in range(2):
                 _step(policy, optimizer)
-            save_checkpoint(root / name, 2, policy, optimizer, {"note": "kept"}, keep=1)
+            state = {"step": 2, "note": "kept"}
+            save_weights(policy, root / name / "saved", optimizer=optimizer, state=state)
             outcome = _step(policy, optimizer)
             after = {n: p.detach().clone() for n, p in named_parameters(policy)}
             torch.save({"loss": outcome.loss, "weights": after}, root / name / "third_step.pt")
@@ -59,7 +60,7 @@ def load(
             for name, case in cases.items():
                 policy, optimizer = _start(parallel, context, case)
                 initialize_weights(policy, seed=99)
-                state = load_checkpoint(policy, optimizer, root / name)
+                state = load_checkpoint(policy, optimizer, root / name / "saved")
                 assert state == {"step": 2, "note": "kept"}
                 differences[f"{layout_name}, {name}"] = _third_step(
                     policy, optimizer, root / name / "third_step.pt"

@@ -21,7 +21,7 @@ from nested_reft_mcore.mcore.model import Policy, build_policy
 from nested_reft_mcore.mcore.pipeline import forward_logprobs
 from nested_reft_mcore.mcore.weights import initialize_weights
 from nested_reft_mcore.rollout.batch import TrainingBatch
-from nested_reft_mcore.rollout.engine import RolloutEngine
+from nested_reft_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
 from nested_reft_mcore.rollout.types import Prompt, RolloutBatch, SamplingParams
 
 TEMPERATURE = 0.8
@@ -96,6 +96,9 @@ def run_plan(
     for kind, sampling in samplings().items():
         if kind != "sampled" and plan.num_skipped:
             continue
+        if kind == "sampled":
+            # What an abandoned generation leaves under way would show in all that follow.
+            abandon(decoder, sampling, plan)
         for slots in (64, 5, 2) if kind == "sampled" and name in SLOT_CASES else (64,):
             batch = RolloutEngine(slots).generate(
                 decoder, prompts(), GROUP_SIZE, sampling, plan, first_prompt_index=10
@@ -113,6 +116,21 @@ def run_plan(
         found.cached_logits[name] = logits.numpy()
     if policy.context.world_size == 1:
         found.uncached_logits[name] = uncached_logits(policy, sequences).numpy()
+
+
+def abandon(decoder: PolicyDecoder, sampling: SamplingParams, plan: LayerSkipPlan) -> None:
+    """Give up a generation of several slot groups in its eighth round."""
+    answers = iter([False, True])
+    with pytest.raises(GenerationInterrupted):
+        RolloutEngine(5).generate(
+            decoder,
+            prompts(),
+            GROUP_SIZE,
+            sampling,
+            plan,
+            interrupted=lambda: next(answers),
+        )
+    assert next(answers, None) is None
 
 
 def uncached_gap(policy: Policy, batch: RolloutBatch) -> float:

@@ -1,12 +1,8 @@
-"""One process: the stock layer bit for bit, padded vocabulary, flags, refused checkpoints."""
+"""One process: the stock layer bit for bit, padded vocabulary, flags, going on."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import pickle
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +23,10 @@ from model_cases import (
 from padding_cases import padded_vocabulary
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.config.checkpoint_layout import LATEST_FILE
-from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from nested_reft_mcore.launch.context import ParallelContext, RankInfo
 from nested_reft_mcore.mcore.checkpoint import (
     load_checkpoint,
-    load_weights,
-    save_checkpoint,
     save_weights,
 )
 from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
@@ -172,105 +164,8 @@ def test_saving_a_nested_policy_is_refused(policy: Policy, tmp_path: Path) -> No
         policy.nested(LayerSkipPlan.parse("3", NUM_LAYERS)),
         pytest.raises(RuntimeError, match="the policy is not whole"),
     ):
-        save_checkpoint(tmp_path, 1, policy, None, {}, keep=1)
+        save_weights(policy, tmp_path / "nested")
     assert not list(tmp_path.iterdir())
-
-
-class Evil:
-    """Runs a command where it is unpickled."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (self.command,)
-
-
-@pytest.fixture(scope="module")
-def saved(context: ParallelContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root of one checkpoint, and one of weights alone."""
-    root = tmp_path_factory.mktemp("saved")
-    policy, optimizer = build(PARALLEL, context)
-    save_checkpoint(root / "run", 3, policy, optimizer, {}, keep=1)
-    save_weights(policy, root / "weights")
-    return root
-
-
-def test_an_index_that_would_run_a_command_is_refused(
-    saved: Path, policy: Policy, tmp_path: Path
-) -> None:
-    directory = tmp_path / "evil"
-    shutil.copytree(saved / "weights", directory)
-    witness = tmp_path / "witness"
-    load_weights(policy, directory)
-    (directory / ".metadata").write_bytes(pickle.dumps(Evil(f"touch {witness}")))
-    with pytest.raises(UserError, match=r"\.metadata: would import posix\.system"):
-        load_weights(policy, directory)
-    assert not witness.exists()
-    # The files with the values are read as data only.
-    shutil.copy(saved / "weights" / ".metadata", directory)
-    torch.save(Evil(f"touch {witness}"), directory / "common.pt")
-    with pytest.raises(UserError, match=r"evil: cannot be loaded: "):
-        load_weights(policy, directory)
-    assert not witness.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "no .metadata; expected a complete checkpoint"), (b"torn", r"\.metadata: broken: ")],
-)
-def test_a_torn_index_is_refused(
-    saved: Path, policy: Policy, tmp_path: Path, content: bytes | None, message: str
-) -> None:
-    directory = tmp_path / "torn"
-    shutil.copytree(saved / "weights", directory)
-    (directory / ".metadata").unlink()
-    if content is not None:
-        (directory / ".metadata").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        load_weights(policy, directory)
-
-
-def test_a_root_without_a_usable_latest_is_refused(
-    saved: Path, policy: Policy, tmp_path: Path
-) -> None:
-    root = tmp_path / "run"
-    shutil.copytree(saved / "run", root)
-    latest = root / LATEST_FILE
-    for content, message in (
-        ("step_00000009\n", "latest: names 'step_00000009', which has no architecture.json"),
-        ("../run/step_00000003\n", "latest: expected the name of a directory beside it"),
-        (None, "run: not a checkpoint; expected architecture.json, or latest naming"),
-    ):
-        latest.unlink()
-        if content is not None:
-            latest.write_text(content)
-        with pytest.raises(UserError, match=message):
-            load_weights(policy, root)
-
-
-def test_another_architecture_is_refused(
-    saved: Path, context: ParallelContext, tmp_path: Path
-) -> None:
-    other, optimizer = build(PARALLEL, context, architecture(ffn_hidden_size=64, num_layers=4))
-    with pytest.raises(
-        UserError, match="ffn_hidden_size=48, num_layers=8; this run's has ffn_hidden_size=64, num"
-    ):
-        load_checkpoint(other, optimizer, saved / "run")
-    # A file that lies about what is beside it.
-    directory = tmp_path / "liar"
-    shutil.copytree(saved / "weights", directory)
-    shape = json.loads((directory / "architecture.json").read_text()) | {"ffn_hidden_size": 64}
-    (directory / "architecture.json").write_text(json.dumps(shape))
-    liar, _ = build(PARALLEL, context, architecture(ffn_hidden_size=64))
-    with pytest.raises(UserError, match=r"liar: cannot be loaded: .*Global shape mismatch"):
-        load_weights(liar, directory)
-
-
-def test_weights_alone_are_no_run_to_resume(saved: Path, context: ParallelContext) -> None:
-    policy, optimizer = build(PARALLEL, context)
-    with pytest.raises(UserError, match=r"weights only; start from it with `model\.checkpoint`"):
-        load_checkpoint(policy, optimizer, saved / "weights")
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["replicated", "distributed"])
@@ -288,11 +183,11 @@ def test_a_run_stopped_before_its_first_step_goes_on(
         return [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
 
     policy, optimizer = build(PARALLEL, context, optimizer=config)
-    save_checkpoint(tmp_path, 0, policy, optimizer, {}, keep=1)
+    save_weights(policy, tmp_path / "saved", optimizer=optimizer, state={"step": 0})
     uninterrupted = train(policy, optimizer)
     resumed, its_optimizer = build(PARALLEL, context, optimizer=config)
     initialize_weights(resumed, seed=99)
-    assert load_checkpoint(resumed, its_optimizer, tmp_path) == {"step": 0}
+    assert load_checkpoint(resumed, its_optimizer, tmp_path / "saved") == {"step": 0}
     for found, expected in zip(train(resumed, its_optimizer), uninterrupted, strict=True):
         assert torch.equal(found, expected)
 
@@ -308,11 +203,11 @@ def test_a_resumed_run_follows_its_own_configuration(
     for _ in range(2):
         forward_backward(policy, optimizer, full, training_batch())
         optimizer.step()
-    save_checkpoint(tmp_path, 2, policy, optimizer, {}, keep=1)
+    save_weights(policy, tmp_path / "saved", optimizer=optimizer, state={"step": 2})
     options = {"lr": 4e-3, "min_lr": 1e-3, "adam_beta2": 0.9, "weight_decay": 0.3}
     changed = OptimizerConfig(**options, lr_decay_style="linear", **spread)
     policy, optimizer = build(PARALLEL, context, optimizer=changed)
-    load_checkpoint(policy, optimizer, tmp_path)
+    load_checkpoint(policy, optimizer, tmp_path / "saved")
     for group in optimizer.megatron.param_groups:
         assert group["betas"] == (0.9, 0.9)
         assert group["weight_decay"] in (0.0, 0.3)
