@@ -325,6 +325,36 @@ def mcore_to_hf(
 
 
 @app.command()
+def inspect(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Checkpoint, directory of some, or Hugging Face.")
+    ],
+    checksums: Annotated[
+        bool, typer.Option("--checksums", help="Read every byte and compare its checksum.")
+    ] = False,
+    every_tensor: Annotated[
+        bool, typer.Option("--all", help="Show the optimizer's tensors too.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+    ] = False,
+) -> None:
+    """Say what a checkpoint holds: step, layout, parameters, tensors, state of its files.
+
+    Leaves with 1 if a file is missing, changed or of another size than its manifest says.
+
+    \b
+    Examples:
+      nested-reft inspect runs/first/checkpoints --checksums
+      nested-reft inspect models/tiny --json
+    """
+    from nested_reft_mcore.cli.entry import leave
+    from nested_reft_mcore.cli.files import run_inspect
+
+    leave(lambda: run_inspect(directory, checksums, every_tensor, json_output))
+
+
+@app.command()
 def doctor(
     json_output: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of tables.")

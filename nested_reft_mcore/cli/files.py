@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nested_reft_mcore.checkpoints.staging import check_output_is_free
 from nested_reft_mcore.cli.entry import Job, run_job
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.checkpoint_layout import (
@@ -25,8 +26,8 @@ from nested_reft_mcore.config.inference import (
 )
 from nested_reft_mcore.config.load import section_from_dict
 from nested_reft_mcore.hf.config import model_architecture, read_architecture
-from nested_reft_mcore.hf.output_directory import check_output_is_free
 from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.launch.exit_codes import ExitCode
 from nested_reft_mcore.launch.signals import StopSignals
 
 COMMAND_LINE = "command line"
@@ -114,6 +115,15 @@ def run_mcore_to_hf(values: Mapping[str, Any]) -> int:
         return Job(options.parallel, architecture, work)
 
     return _run_on_cpu(make)
+
+
+def run_inspect(directory: Path, checksums: bool, every_tensor: bool, as_json: bool) -> int:
+    """Say what a directory of weights holds; returns the exit code. Raises UserError."""
+    from nested_reft_mcore.training.inspection import inspect, print_inspection
+
+    found = inspect(directory, checksums=checksums)
+    print_inspection(found, every_tensor=every_tensor, as_json=as_json)
+    return ExitCode.FAILURE if found.problems else ExitCode.OK
 
 
 def _run_on_cpu(make: Callable[[], Job]) -> int:

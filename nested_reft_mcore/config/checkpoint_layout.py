@@ -16,6 +16,8 @@ from nested_reft_mcore.config.load import section_from_dict
 
 ARCHITECTURE_FILE = "architecture.json"
 LATEST_FILE = "latest"
+STATE_FILE = "state.json"
+"""Step, data position and whatever else a run wants back; empty beside weights alone."""
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

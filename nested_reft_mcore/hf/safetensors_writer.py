@@ -8,8 +8,8 @@ so it can stand before a single value is known.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from nested_reft_mcore.checkpoints.durable_file import DurableFile
 from nested_reft_mcore.hf.weight_map import Shape
 
 _TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -39,9 +40,10 @@ class SafetensorsWriter:
         self._waiting = [(name, prod(shape)) for name, shape in shapes.items()]
         self._waiting.reverse()
         self._header = _header(shapes, dtype)
+        self._stack = ExitStack()
 
     def __enter__(self) -> SafetensorsWriter:
-        self._file = self._path.open("wb")
+        self._file = self._stack.enter_context(DurableFile(self._path, checksum=False))
         self._file.write(self._header)
         return self
 
@@ -51,12 +53,9 @@ class SafetensorsWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with self._file:
-            if kind is None:
-                if self._waiting:
-                    raise ValueError(f"tensors were never added: {self._waiting[-1][0]} and on")
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        self._stack.__exit__(kind, error, traceback)
+        if kind is None and self._waiting:
+            raise ValueError(f"tensors were never added: {self._waiting[-1][0]} and on")
 
     def add(self, name: str, values: Tensor) -> None:
         """Append values of tensor `name`: all of them, or the next rows.
@@ -71,7 +70,7 @@ class SafetensorsWriter:
                 f"{values.numel()} of {name}"
             )
         values = values.detach().to("cpu", self._dtype).contiguous()
-        self._file.write(values.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+        self._file.write(values.view(-1).view(torch.uint8).numpy())
         if values.numel() == missing:
             self._waiting.pop()
         else:

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nested_reft_mcore.checkpoints.manifest import FileEntry
 from nested_reft_mcore.config.architecture import ModelArchitecture
-from nested_reft_mcore.config.checkpoint_layout import write_architecture
+from nested_reft_mcore.config.checkpoint_layout import STATE_FILE, write_architecture
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.hf.directory_writer import ShardPlan, ShardWriter
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
@@ -30,7 +31,7 @@ from nested_reft_mcore.mcore.checkpoint_pieces import (
     plan_pieces,
 )
 from nested_reft_mcore.mcore.piece_reader import PieceReader
-from nested_reft_mcore.mcore.piece_writer import PieceWriter, StoredPiece, WrittenFile, write_index
+from nested_reft_mcore.mcore.piece_writer import PieceWriter, StoredPiece, write_index
 
 Progress = Callable[[int], None]
 """Told how many bytes more are written."""
@@ -41,7 +42,7 @@ class WrittenShare:
     """What one process wrote of a checkpoint."""
 
     pieces: list[StoredPiece]
-    files: list[WrittenFile]
+    files: list[FileEntry]
     nonfinite: list[str]
     """Hugging Face tensors that hold NaN or infinity."""
 
@@ -107,6 +108,7 @@ def finish_checkpoint(
     pieces = [piece for share in shares for piece in share.pieces]
     write_index(directory, pieces, checkpoint_shapes(mapping, architecture, tensor_size), dtype)
     write_architecture(directory, architecture)
+    (directory / STATE_FILE).write_text("{}\n", encoding="utf-8")
 
 
 def check_checkpoint(

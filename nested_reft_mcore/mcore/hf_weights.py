@@ -15,6 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nested_reft_mcore.checkpoints.staging import (
+    check_output_is_free,
+    check_room,
+    staged_directory,
+)
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.hf.config import hf_config
@@ -26,11 +31,6 @@ from nested_reft_mcore.hf.directory_writer import (
     write_json,
 )
 from nested_reft_mcore.hf.families import weight_map
-from nested_reft_mcore.hf.output_directory import (
-    check_output_is_free,
-    check_room,
-    staged_directory,
-)
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
 from nested_reft_mcore.hf.tensor_checks import check_tensors, some
 from nested_reft_mcore.hf.tokenizer_files import (

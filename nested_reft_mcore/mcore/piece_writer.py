@@ -7,17 +7,16 @@ the other, each as `torch.save` writes it (torch.distributed.checkpoint). `piece
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +32,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nested_reft_mcore.checkpoints.durable_file import DurableFile
+from nested_reft_mcore.checkpoints.manifest import FileEntry
 from nested_reft_mcore.mcore.checkpoint_safety import INDEX_FILE
 
 _MAX_FILE_BYTES = 8 * 10**9
@@ -53,15 +54,6 @@ class StoredPiece:
     length: int
 
 
-@dataclass(frozen=True)
-class WrittenFile:
-    """A file that is complete and on the disk."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-
-
 class PieceWriter:
     """Writes one process's pieces into files of its own. A context manager."""
 
@@ -69,11 +61,13 @@ class PieceWriter:
         """Write `__<rank>_<n>.distcp` into `directory`, which is there."""
         self._directory = directory
         self._rank = rank
-        self._file: _HashedFile | None = None
+        self._stack = ExitStack()
+        self._file: DurableFile | None = None
+        self._name = ""
         self.pieces: list[StoredPiece] = []
         """What was written."""
-        self.files: list[WrittenFile] = []
-        """Files that are closed, all of them once the context is left."""
+        self.files: list[FileEntry] = []
+        """Files that are on the disk: all of them, once the context is left."""
 
     def __enter__(self) -> PieceWriter:
         return self
@@ -84,7 +78,10 @@ class PieceWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._close_file()
+        if kind is None:
+            self._close_file()
+        else:
+            self._stack.__exit__(kind, error, traceback)
 
     def add(self, key: str, offsets: Shape, values: Tensor) -> None:
         """Write the piece of tensor `key` that begins at `offsets`; `values` has all its axes."""
@@ -101,17 +98,19 @@ class PieceWriter:
         if self._file is not None and self._file.tell() >= _MAX_FILE_BYTES:
             self._close_file()
         if self._file is None:
-            name = f"__{self._rank}_{len(self.files)}.distcp"
-            self._file = _HashedFile((self._directory / name).open("wb"), name)
+            self._name = f"__{self._rank}_{len(self.files)}.distcp"
+            file = DurableFile(self._directory / self._name, checksum=True)
+            self._file = self._stack.enter_context(file)
         start = self._file.tell()
         with _without_crc32():
             torch.save(value, self._file)  # pyright: ignore[reportArgumentType]
         length = self._file.tell() - start
-        self.pieces.append(StoredPiece(key, offsets, sizes, self._file.name, start, length))
+        self.pieces.append(StoredPiece(key, offsets, sizes, self._name, start, length))
 
     def _close_file(self) -> None:
         if self._file is not None:
-            self.files.append(self._file.finish())
+            self._stack.close()
+            self.files.append(FileEntry(self._name, self._file.tell(), self._file.sha256))
             self._file = None
 
 
@@ -152,36 +151,6 @@ def write_index(
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {f"{name}_version": 1 for name in backends}
     _write_durably(directory / "metadata.json", json.dumps(backends | versions).encode())
-
-
-class _HashedFile:
-    """A file for writing that knows its checksum, so that nobody has to read it again."""
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self.name = name
-        self._file = file
-        self._sha256 = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        """As any file's."""
-        self._sha256.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        """As any file's."""
-        self._file.flush()
-
-    def tell(self) -> int:
-        """As any file's."""
-        return self._file.tell()
-
-    def finish(self) -> WrittenFile:
-        """Bring it to the disk and close it."""
-        with self._file as file:
-            size = file.tell()
-            file.flush()
-            os.fsync(file.fileno())
-        return WrittenFile(self.name, size, self._sha256.hexdigest())
 
 
 @contextmanager

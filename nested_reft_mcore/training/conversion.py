@@ -8,6 +8,13 @@ from pathlib import Path
 
 import torch
 
+from nested_reft_mcore.checkpoints.manifest import file_names, hash_files, write_manifest
+from nested_reft_mcore.checkpoints.publish import sync_tree
+from nested_reft_mcore.checkpoints.staging import (
+    check_output_is_free,
+    check_room,
+    staged_directory,
+)
 from nested_reft_mcore.config.checkpoint_layout import (
     ARCHITECTURE_FILE,
     read_checkpoint_architecture,
@@ -18,11 +25,6 @@ from nested_reft_mcore.config.inference import HfToMcoreOptions, McoreToHfOption
 from nested_reft_mcore.hf.config import check_exportable, read_architecture
 from nested_reft_mcore.hf.directory_writer import plan_shards
 from nested_reft_mcore.hf.families import weight_map
-from nested_reft_mcore.hf.output_directory import (
-    check_output_is_free,
-    check_room,
-    staged_directory,
-)
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
 from nested_reft_mcore.hf.tensor_checks import check_tensors, some
 from nested_reft_mcore.hf.tokenizer_files import (
@@ -105,6 +107,10 @@ def hf_to_mcore(options: HfToMcoreOptions, context: ParallelContext) -> int:
             if has_tokenizer(hf_dir):
                 (directory / CHECKPOINT_TOKENIZER_DIRECTORY).mkdir()
                 copy_tokenizer_files(hf_dir, directory / CHECKPOINT_TOKENIZER_DIRECTORY)
+            hashed = [entry for share in shares for entry in share.files]
+            rest = set(file_names(directory)) - {entry.name for entry in hashed}
+            sync_tree(directory)
+            write_manifest(directory, [*hashed, *hash_files(directory, sorted(rest))])
             stack.close()
 
         on_main(end, context)

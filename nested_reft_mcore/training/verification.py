@@ -118,7 +118,9 @@ def _reference_logits(
 ) -> list[Tensor]:
     """What transformers computes in float32."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         str(hf_dir), dtype=torch.float32, local_files_only=True
     ).eval()

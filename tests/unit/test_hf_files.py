@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.hf.directory_writer import ShardWriter, plan_shards, write_json
-from nested_reft_mcore.hf.output_directory import (
+from nested_reft_mcore.checkpoints.staging import (
     check_output_is_free,
     check_room,
     staged_directory,
 )
+from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.hf.directory_writer import ShardWriter, plan_shards, write_json
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
 from nested_reft_mcore.hf.tokenizer_files import (
     SpecialTokens,

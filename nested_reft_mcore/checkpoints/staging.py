@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all: checked, written aside, then renamed."""
+"""A directory that a tool writes: checked beforehand, prepared aside, then put in its place."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nested_reft_mcore.checkpoints.publish import partial_directory, publish
 from nested_reft_mcore.config.errors import UserError
 
 _SPARE_BYTES = 16 * 10**6
@@ -68,33 +69,14 @@ def staged_directory(output: Path) -> Iterator[Path]:
         UserError: the directory cannot be made here, or a file in it cannot be written.
     """
     output = output.resolve()
-    aside = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+    partial = partial_directory(output, secrets.token_hex(4))
     try:
         try:
-            aside.mkdir(parents=True)
-            yield aside
-            _publish(aside, output)
+            partial.mkdir(parents=True)
+            yield partial
+            publish(partial, output)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"{output}: cannot be written: {error.strerror}{where}") from error
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _publish(aside: Path, output: Path) -> None:
-    sync_directory(aside)
-    replaced = aside.with_name(aside.name + "-replaced")
-    if output.exists():
-        output.rename(replaced)
-    aside.rename(output)
-    sync_directory(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
