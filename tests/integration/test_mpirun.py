@@ -1,31 +1,20 @@
-"""Real mpiruns, of Open MPI and of MPICH: they meet, stop, fail and end as one.
-
-`make mpi` puts both where these tests look first; an mpirun on the PATH will do as well.
-"""
+"""Real mpiruns, of Open MPI and of MPICH: they meet, stop, fail and end as one."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hf_cases import HfCase, write_model
-from run_cases import LAUNCH_VARIABLES, REPOSITORY
+from mpi_cases import KINDS, Mpirun, find_mpirun, finish
+from run_cases import REPOSITORY
 
 pytestmark = pytest.mark.distributed
-KINDS = ("openmpi", "mpich")
-SIGNATURES = {"openmpi": ("open mpi", "openrte", "prrte"), "mpich": ("hydra", "mpich")}
-# As root, with more processes than cores, without pinning all of them to the first core.
-OPTIONS = {
-    "openmpi": ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none"),
-    "mpich": (),
-}
 
 SCRIPT = """
 import datetime, os, sys, time
@@ -98,69 +87,6 @@ def child():
 modes = {"stop": stop, "die": die, "refuse": refuse, "alone": alone, "child": child, "meet": meet}
 leave(modes[mode])
 """
-
-
-@dataclass(frozen=True)
-class Mpirun:
-    kind: str
-    command: str
-    libraries: str
-    """A directory for LD_LIBRARY_PATH; may be empty."""
-
-    def environment(self, **more: str) -> dict[str, str]:
-        clean = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
-        clean["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-        if self.libraries:
-            former = os.environ.get("LD_LIBRARY_PATH", "")
-            clean["LD_LIBRARY_PATH"] = os.pathsep.join([self.libraries, *filter(None, [former])])
-        return clean | more
-
-    def start(self, size: int, *command: str, **more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [self.command, *OPTIONS[self.kind], "-n", str(size), sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self.environment(**more),
-        )
-
-    def run(self, size: int, *command: str, **more: str) -> tuple[int, str, str]:
-        return finish(self.start(size, *command, **more))
-
-
-def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        out, err = process.communicate(timeout=20)
-        raise AssertionError(f"no end after {seconds} seconds:\n{out}\n{err}") from None
-    return process.returncode, out, err
-
-
-def find_mpirun(kind: str) -> Mpirun | str:
-    """The mpirun of this kind, or why there is none."""
-    ours = Path(sys.prefix) / "mpi" / kind
-    found = None
-    if (ours / "bin" / "mpirun").exists():
-        found = Mpirun(kind, str(ours / "bin" / "mpirun"), str(ours / "lib"))
-    for name in (f"mpirun.{kind}", "mpirun"):
-        path = shutil.which(name)
-        if found is None and path is not None:
-            shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-            if any(sign in shown.stdout.lower() for sign in SIGNATURES[kind]):
-                found = Mpirun(kind, path, "")
-    if found is None:
-        return f"no mpirun of {kind}: `make mpi` installs one"
-    load = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI"
-    done = subprocess.run(
-        [sys.executable, "-c", load],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=found.environment(MPI4PY_MPIABI=kind),
-    )
-    return found if done.returncode == 0 else f"{kind}: {done.stderr.splitlines()[-1]}"
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -270,4 +196,32 @@ def test_the_library_of_another_mpi_is_refused(script: Path) -> None:
     code, _, err = hydra.run(2, str(script), "meet", MPI4PY_MPIABI="openmpi", LD_LIBRARY_PATH=paths)
     assert code == 2, err
     assert "started 2 processes, but mpi4py counts 1: it has loaded Open MPI v" in err
+    assert "Traceback" not in err
+
+
+def test_doctor_names_the_mpi_that_is_loaded(mpirun: Mpirun) -> None:
+    code = (
+        "from nested_reft_mcore.launch.doctor import check_communication; "
+        "print([f for f in check_communication() if f.name == 'MPI'])"
+    )
+    here = os.pathsep.join([str(Path(mpirun.command).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=mpirun.environment(PATH=here),
+    )
+    name = {"openmpi": "Open MPI v", "mpich": "MPICH "}[mpirun.kind]
+    assert "status='ok'" in done.stdout
+    assert f" with {name}" in done.stdout
+    if Path(mpirun.command).name == "mpirun":
+        assert f"the mpirun of {mpirun.kind} on the PATH" in done.stdout
+
+
+def test_an_mpi_that_cannot_be_loaded_is_told(mpirun: Mpirun, script: Path) -> None:
+    code, _, err = mpirun.run(2, str(script), "meet", MPI4PY_LIBMPI="/nowhere/libmpi.so")
+    assert code == 2, err
+    assert "error: mpirun: mpi4py cannot load the MPI library" in err
+    assert "/nowhere/libmpi.so" in err
     assert "Traceback" not in err
