@@ -194,5 +194,5 @@ def test_inspect_tells_what_is_there(source: Path, checkpoint: Path, tmp_path: P
     assert run_tool("inspect_checkpoint.py", changed).returncode == 0
     done = run_tool("inspect_checkpoint.py", changed, "--checksums")
     assert done.returncode == 1
-    assert "__0_0.distcp: its checksum is" in done.stdout
+    assert "__0_0.distcp: has checksum" in done.stdout
     assert run_tool("inspect_checkpoint.py", tmp_path / "no").returncode == 2
