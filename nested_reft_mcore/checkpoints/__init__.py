@@ -1,4 +1,4 @@
-"""The files of checkpoints, without torch: manifest, appearing whole, retention.
+"""Files on the disk, without torch: durable, whole or absent, listed in a manifest, retained.
 
-What the tensors in them mean is `mcore`'s business.
+What they mean is the business of `mcore` and `hf`.
 """

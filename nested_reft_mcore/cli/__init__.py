@@ -56,6 +56,13 @@ SkipLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Layers or parts not to run: 3,5.attention,7.mlp."),
 ]
+WrittenDtype = Annotated[
+    str, typer.Option(metavar="auto|float32|bfloat16", help="Type of the written weights.")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Compare float32 logits of both models; 1 if they differ.")
+]
+Tolerance = Annotated[float, typer.Option(help="Largest difference that --verify accepts.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -258,16 +265,26 @@ def score(
 def hf_to_mcore(
     hf: Annotated[str, typer.Option("--hf", metavar="DIR", help="Hugging Face directory.")],
     output: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint to write.")],
-    dtype: Dtype = "float32",
+    dtype: WrittenDtype = "auto",
+    verify: Verify = False,
+    tolerance: Tolerance = 1e-3,
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option("--allow-nonfinite", help="Only warn of NaN and infinity in the weights."),
+    ] = False,
     force: Force = False,
     tensor_parallel: TensorParallel = 1,
     pipeline_parallel: PipelineParallel = 1,
 ) -> None:
     """Turn a Hugging Face directory into a checkpoint that loads at any parallel layout.
 
+    The layout given here is the one that the checkpoint's pieces are cut for and that --verify
+    runs. More processes (torchrun, srun, mpirun) share the work.
+
     \b
-    Example:
-      nested-reft convert hf-to-mcore --hf models/tiny --output checkpoints/tiny
+    Examples:
+      nested-reft convert hf-to-mcore --hf models/tiny --output checkpoints/tiny --verify
+      mpirun -n 8 nested-reft convert hf-to-mcore --hf models/70b --output checkpoints/70b
     """
     values = _fields(locals())
     from nested_reft_mcore.cli.entry import leave
@@ -281,18 +298,20 @@ def mcore_to_hf(
     checkpoint: Annotated[str, typer.Option(metavar="DIR", help="Checkpoint to read.")],
     output: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face directory to write.")],
     tokenizer_path: TokenizerPath = None,
-    dtype: Dtype = "float32",
-    max_shard_size_mb: Annotated[
-        int,
-        typer.Option(
-            "--max-shard-size", metavar="MB", help="Largest file of weights, in megabytes."
-        ),
-    ] = 5000,
+    dtype: WrittenDtype = "auto",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 5GB or 500MB.")
+    ] = "5GB",
+    verify: Verify = False,
+    tolerance: Tolerance = 1e-3,
     force: Force = False,
     tensor_parallel: TensorParallel = 1,
     pipeline_parallel: PipelineParallel = 1,
 ) -> None:
     """Turn a checkpoint into a Hugging Face directory that transformers loads.
+
+    The layout given here is the one that --verify runs. More processes (torchrun, srun, mpirun)
+    share the work, each with files of its own.
 
     \b
     Example:
@@ -303,6 +322,36 @@ def mcore_to_hf(
     from nested_reft_mcore.cli.files import run_mcore_to_hf
 
     leave(lambda: run_mcore_to_hf(values))
+
+
+@app.command()
+def inspect(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Checkpoint, directory of some, or Hugging Face.")
+    ],
+    checksums: Annotated[
+        bool, typer.Option("--checksums", help="Read every byte and compare its checksum.")
+    ] = False,
+    every_tensor: Annotated[
+        bool, typer.Option("--all", help="Show the optimizer's tensors too.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+    ] = False,
+) -> None:
+    """Say what a checkpoint holds: step, layout, parameters, tensors, state of its files.
+
+    Leaves with 1 if a file is missing, changed or of another size than its manifest says.
+
+    \b
+    Examples:
+      nested-reft inspect runs/first/checkpoints --checksums
+      nested-reft inspect models/tiny --json
+    """
+    from nested_reft_mcore.cli.entry import leave
+    from nested_reft_mcore.cli.files import run_inspect
+
+    leave(lambda: run_inspect(directory, checksums, every_tensor, json_output))
 
 
 @app.command()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nested_reft_mcore.checkpoints.staging import check_output_is_free
 from nested_reft_mcore.cli.entry import Job, run_job
 from nested_reft_mcore.config.architecture import ModelArchitecture
-from nested_reft_mcore.config.checkpoint_layout import read_checkpoint_architecture
+from nested_reft_mcore.config.checkpoint_layout import (
+    ARCHITECTURE_FILE,
+    read_checkpoint_architecture,
+)
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.inference import (
     GenerateOptions,
@@ -17,10 +22,12 @@ from nested_reft_mcore.config.inference import (
     ScoreOptions,
     check_generate,
     check_score,
+    parse_size,
 )
 from nested_reft_mcore.config.load import section_from_dict
 from nested_reft_mcore.hf.config import model_architecture, read_architecture
 from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.launch.exit_codes import ExitCode
 from nested_reft_mcore.launch.signals import StopSignals
 
 COMMAND_LINE = "command line"
@@ -72,17 +79,18 @@ def run_hf_to_mcore(values: Mapping[str, Any]) -> int:
     def make() -> Job:
         options = section_from_dict(HfToMcoreOptions, values, COMMAND_LINE)
         architecture = read_architecture(Path(options.hf))
-        check_output(options.output, force=options.force)
+        check_output_is_free(
+            Path(options.output), marker=ARCHITECTURE_FILE, kind="checkpoints", force=options.force
+        )
 
         def work(context: ParallelContext, stop: StopSignals) -> int:
             from nested_reft_mcore.training.conversion import hf_to_mcore
 
-            hf_to_mcore(options, context)
-            return 0
+            return hf_to_mcore(options, context)
 
         return Job(options.parallel, architecture, work)
 
-    return run_job(make)
+    return _run_on_cpu(make)
 
 
 def run_mcore_to_hf(values: Mapping[str, Any]) -> int:
@@ -90,33 +98,38 @@ def run_mcore_to_hf(values: Mapping[str, Any]) -> int:
 
     def make() -> Job:
         options = section_from_dict(McoreToHfOptions, values, COMMAND_LINE)
+        parse_size("--max-shard-size", options.max_shard_size)
         architecture = read_checkpoint_architecture(options.checkpoint)
-        check_output(options.output, force=options.force)
+        check_output_is_free(
+            Path(options.output),
+            marker="config.json",
+            kind="Hugging Face directories",
+            force=options.force,
+        )
 
         def work(context: ParallelContext, stop: StopSignals) -> int:
             from nested_reft_mcore.training.conversion import mcore_to_hf
 
-            mcore_to_hf(options, context)
-            return 0
+            return mcore_to_hf(options, context)
 
         return Job(options.parallel, architecture, work)
 
+    return _run_on_cpu(make)
+
+
+def run_inspect(directory: Path, checksums: bool, every_tensor: bool, as_json: bool) -> int:
+    """Say what a directory of weights holds; returns the exit code. Raises UserError."""
+    from nested_reft_mcore.training.inspection import inspect, print_inspection
+
+    found = inspect(directory, checksums=checksums)
+    print_inspection(found, every_tensor=every_tensor, as_json=as_json)
+    return ExitCode.FAILURE if found.problems else ExitCode.OK
+
+
+def _run_on_cpu(make: Callable[[], Job]) -> int:
+    """Run a job that moves files about: any number of processes, with or without GPUs."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return run_job(make)
-
-
-def check_output(output: str, *, force: bool) -> None:
-    """Refuse to write where something is.
-
-    Raises:
-        UserError: `output` is a file, or a directory with something in it and no `force`.
-    """
-    path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output {path}: is a file; expected a directory to write")
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise UserError(
-            f"--output {path}: is not empty; choose another, or replace it with --force"
-        )
 
 
 def check_skip_layers(text: str | None, architecture: ModelArchitecture) -> None:

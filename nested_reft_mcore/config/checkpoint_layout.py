@@ -16,6 +16,8 @@ from nested_reft_mcore.config.load import section_from_dict
 
 ARCHITECTURE_FILE = "architecture.json"
 LATEST_FILE = "latest"
+STATE_FILE = "state.json"
+"""Step, data position and whatever else a run wants back; empty beside weights alone."""
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -58,3 +60,9 @@ def read_checkpoint_architecture(path: str | Path) -> ModelArchitecture:
     if not isinstance(data, dict):
         raise UserError(f"{file}: expected an object, got {type(data).__name__}")
     return section_from_dict(ModelArchitecture, cast(dict[str, Any], data), str(file))
+
+
+def write_architecture(directory: Path, architecture: ModelArchitecture) -> None:
+    """Write what `read_checkpoint_architecture` reads."""
+    text = architecture.model_dump_json(indent=2) + "\n"
+    (directory / ARCHITECTURE_FILE).write_text(text, encoding="utf-8")

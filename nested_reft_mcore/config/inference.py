@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,8 @@ from pydantic import Field
 from nested_reft_mcore.config.base import Section
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
+
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
 class ModelSource(Section):
@@ -83,38 +86,63 @@ class ScoreOptions(ModelSource):
     """Sequences in one forward pass."""
 
 
-class HfToMcoreOptions(Section):
+class ConvertOptions(Section):
+    """What both directions of `nested-reft convert` have in common."""
+
+    output: str
+    """Directory to write; appears whole or not at all."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the written weights; `auto` keeps the type that they have (float16 becomes
+    float32)."""
+    force: bool = False
+    """Replace what an earlier conversion has written there."""
+    verify: bool = False
+    """Compare float32 logits of both models afterwards."""
+    tolerance: float = Field(default=1e-3, gt=0)
+    """Largest difference of two logits that `verify` accepts. Sums in another order differ by some
+    1e-5, weights in the wrong place by more than 1e-1."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout that pieces are cut for and that `verify` runs, and processes of a bare start."""
+
+
+class HfToMcoreOptions(ConvertOptions):
     """`nested-reft convert hf-to-mcore`: a Hugging Face directory becomes a checkpoint."""
 
     hf: str
     """Hugging Face directory to read."""
-    output: str
-    """Checkpoint directory to write; loads at any parallel layout."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the written weights."""
-    force: bool = False
-    """Replace a checkpoint that is there."""
-    parallel: ParallelConfig = ParallelConfig()
-    """How the work is spread over processes."""
+    allow_nonfinite: bool = False
+    """Only warn of NaN and infinity among the weights."""
 
 
-class McoreToHfOptions(Section):
+class McoreToHfOptions(ConvertOptions):
     """`nested-reft convert mcore-to-hf`: a checkpoint becomes a Hugging Face directory."""
 
     checkpoint: str
     """Checkpoint directory, or a root of some with a `latest` file."""
-    output: str
-    """Hugging Face directory to write."""
     tokenizer_path: str | None = None
     """Tokenizer to put beside the weights; default: the one in the checkpoint, if any."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the written weights."""
-    max_shard_size_mb: int = Field(default=5000, gt=0)
-    """A file of weights holds at most so many megabytes (10^6 bytes), or a single tensor."""
-    force: bool = False
-    """Replace a Hugging Face directory that is there."""
-    parallel: ParallelConfig = ParallelConfig()
-    """How the work is spread over processes."""
+    max_shard_size: str = "5GB"
+    """A file of weights holds at most so many bytes, or a single tensor: `5GB`, `500MB`, `20KB`."""
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes. UserError if it cannot be read."""
+        return parse_size("--max-shard-size", self.max_shard_size)
+
+
+def parse_size(name: str, text: str) -> int:
+    """A number of bytes from `5GB`, `1.5MB`, `20KB` (powers of 1000, as transformers has them).
+
+    Raises:
+        UserError: names the option and what was expected.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", text.strip(), re.IGNORECASE)
+    size = 0
+    if found:
+        size = int(float(found.group(1)) * _UNITS[found.group(2).upper()])
+    if size <= 0:
+        raise UserError(f"{name} {text}: expected a size such as 5GB, 500MB or 20KB")
+    return size
 
 
 def check_model_source(options: ModelSource) -> None:

@@ -1,6 +1,7 @@
 """Hugging Face `config.json` and `ModelArchitecture`, in both directions. Imports no torch."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.checkpoint_layout import read_checkpoint_architecture
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ModelConfig
+from nested_reft_mcore.hf.families import FAMILIES
+from nested_reft_mcore.hf.family import Family
+from nested_reft_mcore.hf.rope import rope_fields, rope_keys
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2")
-_CLASS_NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -21,40 +23,33 @@ _REQUIRED = (
     "num_hidden_layers",
     "vocab_size",
 )
-# transformers 5 gives these to an absent key; absent from the dict means "as many as heads".
-_DEFAULT_KEY_VALUE_HEADS = {"qwen2": 32}
-_DEFAULT_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768}
-_DEFAULT_ROPE_THETA = 10000.0
-_DEFAULT_RMS_NORM_EPS = 1e-6
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERT_NAMES = re.compile("moe|mixtral")
 
 
 def read_architecture(hf_dir: Path) -> ModelArchitecture:
     """The architecture that `hf_dir/config.json` describes.
 
-    Absent keys mean what transformers 5 takes them to mean. `rope_theta` is read from
-    `rope_parameters` (transformers 5) or from the top level (transformers 4).
+    Absent keys mean what transformers 5 takes them to mean.
 
     Raises:
         UserError: the file is missing or broken, or describes a model that is not supported.
     """
     path = hf_dir / "config.json"
-    config = read_json_object(path)
-    model_type = config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"{path}: model_type {model_type!r} is not supported; "
-            f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    _refuse_unsupported(config, path)
-    missing = [key for key in _REQUIRED if config.get(key) is None]
+    found = read_json_object(path)
+    family = _family(found, path)
+    missing = [key for key in _REQUIRED if found.get(key) is None]
     if missing:
         raise UserError(f"{path}: missing {', '.join(missing)}")
+    config = {**family.defaults, **found}
+    _refuse_unsupported(config, path)
     try:
-        architecture = ModelArchitecture.model_validate(_fields(config, model_type))
+        architecture = ModelArchitecture.model_validate(_fields(config, family, path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from error
+    _refuse_by_family(family, config, found, path)
     _check_heads(architecture, path)
     return architecture
 
@@ -94,10 +89,10 @@ def hf_config(
         UserError: the family of the architecture cannot hold its weights.
     """
     check_exportable(architecture)
-    family = architecture.family
-    config: dict[str, Any] = {
-        "architectures": [_CLASS_NAMES[family]],
-        "model_type": family,
+    family = FAMILIES[architecture.family]
+    return {
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
         "dtype": dtype,
         "vocab_size": architecture.vocab_size,
         "hidden_size": architecture.hidden_size,
@@ -109,9 +104,7 @@ def hf_config(
         "hidden_act": "silu",
         "max_position_embeddings": architecture.max_position_embeddings,
         "rms_norm_eps": architecture.layernorm_epsilon,
-        # transformers 5 reads the first, transformers 4 the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": architecture.rotary_base},
-        "rope_theta": architecture.rotary_base,
+        **rope_keys(architecture),
         "tie_word_embeddings": not architecture.untie_embeddings_and_output_weights,
         "initializer_range": architecture.init_method_std,
         "attention_dropout": 0.0,
@@ -119,25 +112,30 @@ def hf_config(
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
+        **family.extra_keys,
     }
-    if family == "llama":
-        config |= {"attention_bias": False, "mlp_bias": False}
-    else:
-        config |= {"use_sliding_window": False}
-    return config
 
 
 def check_exportable(architecture: ModelArchitecture) -> None:
     """Refuse an architecture that its family's Hugging Face layout cannot hold.
 
     Raises:
-        UserError: the QKV bias is not what the family has.
+        UserError: QKV bias, query and key norms or the width are not what the family has.
     """
-    if architecture.add_qkv_bias != (architecture.family == "qwen2"):
+    family = FAMILIES[architecture.family]
+    for name in ("add_qkv_bias", "qk_layernorm"):
+        found, expected = getattr(architecture, name), getattr(family, name)
+        if found != expected:
+            raise UserError(
+                f"model.architecture: family {family.model_type!r} with {name}={found} has no "
+                f"Hugging Face layout; this family always has {name}={expected}"
+            )
+    heads, hidden = architecture.num_attention_heads, architecture.hidden_size
+    if family.heads_divide_hidden and hidden % heads:
         raise UserError(
-            f"model.architecture: family {architecture.family!r} with "
-            f"add_qkv_bias={architecture.add_qkv_bias} has no Hugging Face layout; llama has no "
-            "bias, qwen2 always has it"
+            f"model.architecture: family {family.model_type!r} with num_attention_heads={heads} "
+            f"and hidden_size={hidden}: transformers loads this family only where the first "
+            "divides the second"
         )
 
 
@@ -158,10 +156,29 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _fields(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+def _family(config: Mapping[str, Any], path: Path) -> Family:
+    """The family of a `config.json`, by its `model_type`."""
+    model_type = config.get("model_type")
+    experts = [key for key in _EXPERT_KEYS if config.get(key)]
+    if experts or _EXPERT_NAMES.search(str(model_type)):
+        found = ", ".join([f"model_type {model_type!r}"] + [f"{k} {config[k]!r}" for k in experts])
+        raise UserError(
+            f"{path}: a mixture of experts is not supported ({found}); supported are the dense "
+            f"families {', '.join(FAMILIES)}"
+        )
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"{path}: model_type {model_type!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def _fields(config: Mapping[str, Any], family: Family, path: Path) -> dict[str, Any]:
+    """The fields of `ModelArchitecture`; `config` has its absent keys filled in."""
     heads = config["num_attention_heads"]
     hidden = config["hidden_size"]
-    groups = config.get("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS.get(model_type))
+    groups = config.get("num_key_value_heads")
     head_dim = config.get("head_dim")
     is_usual = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
     if is_usual and head_dim is not None and head_dim * heads == hidden:
@@ -174,51 +191,47 @@ def _fields(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         "ffn_hidden_size": config["intermediate_size"],
         "kv_channels": head_dim,
         "vocab_size": config["vocab_size"],
-        "max_position_embeddings": config.get(
-            "max_position_embeddings", _DEFAULT_MAX_POSITIONS[model_type]
-        ),
-        "rotary_base": _rope(config).get("rope_theta", config.get("rope_theta"))
-        or _DEFAULT_ROPE_THETA,
-        "layernorm_epsilon": config.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS),
-        "add_qkv_bias": model_type == "qwen2",
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-        "family": model_type,
-        "init_method_std": config.get("initializer_range") or 0.02,
+        "max_position_embeddings": config["max_position_embeddings"],
+        **rope_fields(config, path),
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "add_qkv_bias": family.add_qkv_bias,
+        "qk_layernorm": family.qk_layernorm,
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+        "family": family.model_type,
+        # A spread of zero says nothing that fresh weights could use.
+        "init_method_std": config["initializer_range"] or family.defaults["initializer_range"],
     }
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """RoPE options under their name of transformers 5, or of transformers 4."""
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:
-    rope = _rope(config)
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"{path}: rope_parameters: expected one flat object, found {rope!r}")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UserError(
-            f"{path}: RoPE scaling {rope_type!r} is not supported; supported is the plain RoPE "
-            "(rope_type 'default')"
-        )
+    """What no family computes here."""
     activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UserError(f"{path}: hidden_act {activation!r} is not supported; supported is 'silu'")
-    rotary_factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    slides = config.get("use_sliding_window") or "sliding_attention" in (
-        config.get("layer_types") or ()
+    kinds = config.get("layer_types") or []
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    other = next((kind for kind in kinds if kind != "full_attention"), None)
+    quantization = config.get("quantization_config")
+    refused = (
+        (f"hidden_act {activation!r}", activation not in ("silu", "swish"), "'silu'"),
+        ("mlp_bias", config.get("mlp_bias"), "an MLP without biases"),
+        (f"layer_types with {other!r}", other, "'full_attention' in every layer"),
+        (f"quantization_config {quantization!r}", quantization, "unquantized weights"),
     )
-    refused = {
-        "attention_bias": (config.get("attention_bias"), "llama without biases, or qwen2"),
-        "mlp_bias": (config.get("mlp_bias"), "an MLP without biases"),
-        "partial_rotary_factor": (rotary_factor != 1.0, "RoPE on the whole head"),
-        "use_sliding_window": (slides, "full attention in every layer"),
-        "quantization_config": (config.get("quantization_config"), "unquantized weights"),
-    }
-    for key, (is_on, supported) in refused.items():
+    for found, is_on, supported in refused:
         if is_on:
-            raise UserError(f"{path}: {key} is not supported; supported is {supported}")
+            raise UserError(f"{path}: {found} is not supported; supported is {supported}")
+
+
+def _refuse_by_family(
+    family: Family, config: Mapping[str, Any], found: Mapping[str, Any], path: Path
+) -> None:
+    """What this family does not compute here."""
+    for refusal in family.refusals:
+        if refusal.applies(config):
+            absent = "" if refusal.key in found else " (what an absent key means)"
+            raise UserError(
+                f"{path}: {refusal.key} {config.get(refusal.key)!r}{absent} is not supported for "
+                f"{family.model_type}; supported is {refusal.supported}"
+            )
 
 
 def _check_heads(architecture: ModelArchitecture, path: Path) -> None:
@@ -231,4 +244,9 @@ def _check_heads(architecture: ModelArchitecture, path: Path) -> None:
         raise UserError(
             f"{path}: num_attention_heads {heads} does not divide hidden_size "
             f"{architecture.hidden_size}, and there is no head_dim"
+        )
+    if architecture.head_dim % 2:
+        raise UserError(
+            f"{path}: heads of size {architecture.head_dim} are not supported; rotary embeddings "
+            "need an even size"
         )

@@ -1,25 +1,10 @@
-"""The Llama layout: RMSNorm, grouped-query attention without biases, SwiGLU."""
+"""Llama 2 and 3: RMSNorm, grouped-query attention without biases, SwiGLU."""
 
+from nested_reft_mcore.hf.family import Family, Refusal
 from nested_reft_mcore.hf.weight_map import Axis, HfTensor, MapEntry, WeightKind
 
 _MCORE = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
-
-EMBEDDING = MapEntry(
-    ("embedding.word_embeddings.weight",),
-    (HfTensor("model.embed_tokens.weight", (Axis.VOCAB, Axis.HIDDEN)),),
-    WeightKind.VOCAB,
-)
-FINAL_NORM = MapEntry(
-    ("decoder.final_layernorm.weight",),
-    (HfTensor("model.norm.weight", (Axis.HIDDEN,)),),
-    WeightKind.REPLICATED,
-)
-OUTPUT = MapEntry(
-    ("output_layer.weight",),
-    (HfTensor("lm_head.weight", (Axis.VOCAB, Axis.HIDDEN)),),
-    WeightKind.VOCAB,
-)
 
 LLAMA_LAYER: tuple[MapEntry, ...] = (
     MapEntry(
@@ -65,4 +50,26 @@ LLAMA_LAYER: tuple[MapEntry, ...] = (
         (HfTensor(_HF + "mlp.down_proj.weight", (Axis.HIDDEN, Axis.FFN)),),
         WeightKind.ROW_PARALLEL,
     ),
+)
+
+ATTENTION_BIAS = Refusal(
+    "attention_bias",
+    lambda config: bool(config.get("attention_bias")),
+    "attention without biases",
+)
+
+FAMILY = Family(
+    model_type="llama",
+    class_name="LlamaForCausalLM",
+    defaults={
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+    },
+    extra_keys={"attention_bias": False, "mlp_bias": False},
+    refusals=(ATTENTION_BIAS,),
+    layer=LLAMA_LAYER,
+    heads_divide_hidden=True,
 )

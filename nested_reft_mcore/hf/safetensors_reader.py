@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from nested_reft_mcore.hf.weight_map import Shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_TYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 
 
 class SafetensorsReader:
@@ -61,19 +67,42 @@ class SafetensorsReader:
         """Shape of a tensor, without reading it."""
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, without reading it.
+
+        Raises:
+            UserError: it is not a floating-point type that weights have here.
+        """
+        found = self._slice(name).get_dtype()
+        if found not in _TYPES:
+            raise UserError(
+                f"{self._hf_dir / self._file_of[name]}: {name} is of type {found}; expected one "
+                f"of {', '.join(_TYPES)}"
+            )
+        return _TYPES[found]
+
     def read(self, name: str, part: TensorPart | None = None) -> Tensor:
-        """A tensor or a part of it, on the CPU, of the dtype that the file has."""
-        lazy = self._slice(name)
+        """A tensor or a part of it, on the CPU, of the dtype that the file has.
+
+        What comes back is a view of the mapped file: it costs no memory of the process's own.
+        """
         if part is None:
-            return lazy[:]
-        # safetensors refuses an empty slice; padding may leave a rank nothing to read.
+            return self._slice(name)[:]
         start, stop = part.start, part.stop
-        is_empty = start == stop
-        if is_empty:
-            start, stop = 0, 1
-        index = (slice(None),) * part.dim + (slice(start, stop),)
-        tensor: Tensor = lazy[index]
-        return torch.narrow(tensor, part.dim, 0, 0) if is_empty else tensor
+        return self.read_box(name, ((0, None),) * part.dim + ((start, stop),))
+
+    def read_box(self, name: str, box: Sequence[tuple[int, int | None]]) -> Tensor:
+        """The part of a tensor within `(start, stop)` of its first dimensions, as `read` does."""
+        # safetensors refuses an empty slice; padding may leave a rank nothing to read.
+        empty = [dim for dim, (start, stop) in enumerate(box) if start == stop]
+        index = tuple(
+            slice(0, 1) if dim in empty else slice(start, stop)
+            for dim, (start, stop) in enumerate(box)
+        )
+        tensor: Tensor = self._slice(name)[index]
+        for dim in empty:
+            tensor = tensor.narrow(dim, 0, 0)
+        return tensor
 
     def _slice(self, name: str) -> Any:
         file_name = self._file_of[name]

@@ -32,6 +32,7 @@ class Axis(Enum):
     HIDDEN = "hidden"
     QUERIES = "queries"
     KEYS = "keys"
+    HEAD = "head"
     FFN = "ffn"
     VOCAB = "vocab"
 
@@ -41,6 +42,7 @@ class Axis(Enum):
             Axis.HIDDEN: architecture.hidden_size,
             Axis.QUERIES: architecture.num_attention_heads * architecture.head_dim,
             Axis.KEYS: architecture.num_query_groups * architecture.head_dim,
+            Axis.HEAD: architecture.head_dim,
             Axis.FFN: architecture.ffn_hidden_size,
             Axis.VOCAB: architecture.vocab_size,
         }

@@ -15,11 +15,13 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any, Literal
 
+from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.exit_codes import ExitCode
+from nested_reft_mcore.launch.mpi_library import kind_of_mpirun, library_name, load_mpi
 
 Status = Literal["ok", "not there", "broken", "too old", "wrong version"]
 
@@ -141,9 +143,7 @@ def check_communication() -> list[Finding]:
         Finding(
             "gloo", "ok" if gloo else "not there", "", not nccl, "between processes without GPUs"
         ),
-        _optional(
-            "MPI", "mpi4py", _load_mpi, "start with mpirun", "torchrun, srun or our own start"
-        ),
+        _check_mpi(),
     ]
 
 
@@ -246,16 +246,20 @@ def _load_apex() -> str | None:
     return problem
 
 
-def _load_mpi() -> str | None:
-    """Load the MPI library without starting it."""
-    problem = _load("mpi4py")
-    if problem is not None:
-        return problem
-    import mpi4py
-
-    mpi4py.rc.initialize = False
-    mpi4py.rc.finalize = False
-    return _load("mpi4py.MPI")
+def _check_mpi() -> Finding:
+    """mpi4py, the MPI that it loads, and whether there is an mpirun; MPI itself is not started."""
+    kind = kind_of_mpirun()
+    instead = "torchrun, srun or our own start"
+    if problem := _load("mpi4py"):
+        return _optional("MPI", "mpi4py", lambda: problem, "", instead)
+    try:
+        library = library_name(load_mpi(kind or "openmpi").Get_library_version())
+    except UserError as error:
+        text = str(error)
+        return _optional("MPI", "mpi4py", lambda: text, "", instead)
+    use = f"start with the mpirun of {kind} on the PATH" if kind else "no mpirun is on the PATH"
+    found = _optional("MPI", "mpi4py", lambda: None, use, instead)
+    return replace(found, version=f"{found.version} with {library}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -12,15 +12,13 @@ import os
 import socket
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.context import RankInfo
 from nested_reft_mcore.launch.exit_codes import ExitCode
-
-_INSTALL = "pip install 'nested_reft_mcore[mpi]'"
+from nested_reft_mcore.launch.mpi_library import library_name, load_mpi
 
 
 class MpiWorld:
@@ -39,7 +37,7 @@ class MpiWorld:
             UserError: mpi4py is missing, or speaks to another MPI than this mpirun; or the port is
                 taken.
         """
-        self._mpi = _load_mpi()
+        self._mpi = load_mpi("openmpi" if "OMPI_COMM_WORLD_RANK" in os.environ else "mpich")
         with warnings.catch_warnings():
             # mpi4py's own doubts about the library; they are put into words below.
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -90,12 +88,6 @@ class MpiWorld:
         return common_code(codes)
 
 
-def library_name(version: str) -> str:
-    """Name and number out of what MPI_Get_library_version says: `Open MPI v5.0.11`."""
-    first = version.split(",")[0].splitlines()[0] if version.strip() else "an MPI without a name"
-    return " ".join(first.replace("Version:", "").split())
-
-
 def common_code(codes: Sequence[int]) -> int:
     """One exit code for processes that have all come to their end.
 
@@ -106,33 +98,6 @@ def common_code(codes: Sequence[int]) -> int:
         return codes[0]
     failed = [code for code in codes if code not in (ExitCode.OK, ExitCode.COME_BACK)]
     return failed[0] if failed else ExitCode.FAILURE
-
-
-def _load_mpi() -> Any:
-    """mpi4py's MPI, not started yet."""
-    if "MPI4PY_LIBMPI" not in os.environ:
-        # One wheel of mpi4py serves both; on a machine with both MPIs it would guess.
-        of_open_mpi = "OMPI_COMM_WORLD_RANK" in os.environ
-        os.environ.setdefault("MPI4PY_MPIABI", "openmpi" if of_open_mpi else "mpich")
-    try:
-        import mpi4py
-    except ModuleNotFoundError:
-        raise UserError(
-            f"mpirun: mpi4py is not installed; expected it, to tell every process where rank 0 is: "
-            f"{_INSTALL}; or start with torchrun, srun or alone"
-        ) from None
-    mpi4py.rc.initialize = False
-    mpi4py.rc.finalize = False
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        abi = os.environ.get("MPI4PY_MPIABI", "")
-        raise UserError(
-            f"mpirun: mpi4py cannot load the MPI library (MPI4PY_MPIABI={abi}): {error}; expected "
-            "the one that this mpirun belongs to; put its directory into LD_LIBRARY_PATH, or build "
-            "mpi4py against it with `pip install --no-binary mpi4py mpi4py`"
-        ) from error
-    return MPI
 
 
 def _open_store(address: str) -> TCPStore:

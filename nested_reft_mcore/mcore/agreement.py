@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.context import ParallelContext
 
 
@@ -46,6 +47,28 @@ def on_main(action: Callable[[], Any], context: ParallelContext) -> Any:
     if error is not None:
         raise error
     return result
+
+
+def on_all(action: Callable[[], Any], context: ParallelContext) -> list[Any]:
+    """Do something on every process; the results of all, in order of rank, on every process.
+
+    The results have to be small and picklable.
+
+    Raises:
+        UserError: on every process, where at least one has raised it; all that they have to say.
+    """
+    result: Any = None
+    problem: str | None = None
+    try:
+        result = action()
+    except UserError as error:
+        problem = str(error)
+    outcomes = gather_all((result, problem), context)
+    # Several processes mostly find the same.
+    problems = dict.fromkeys(problem for _, problem in outcomes if problem is not None)
+    if problems:
+        raise UserError("\n".join(problems))
+    return [result for result, _ in outcomes]
 
 
 def _portable(error: Exception) -> Exception:

@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nested_reft_mcore.checkpoints.manifest import Level, verify
 from nested_reft_mcore.checkpoints.publish import partial_directory
 from nested_reft_mcore.config.checkpoint_layout import (
-    ARCHITECTURE_FILE,
+    STATE_FILE,
     read_checkpoint_architecture,
     resolve_checkpoint,
+    write_architecture,
 )
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.context import ParallelContext
@@ -29,9 +30,6 @@ from nested_reft_mcore.mcore.checkpoint_safety import check_pickles
 from nested_reft_mcore.mcore.checkpoint_writer import CheckpointWriter
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
-
-STATE_FILE = "state.json"
-"""Step, data position and whatever else the training loop wants back."""
 
 
 def begin_checkpoint(
@@ -68,8 +66,7 @@ def begin_checkpoint(
         partial.mkdir(parents=True)
 
     def add() -> None:
-        architecture = policy.architecture.model_dump_json(indent=2)
-        (partial / ARCHITECTURE_FILE).write_text(architecture + "\n", encoding="utf-8")
+        write_architecture(partial, policy.architecture)
         (partial / STATE_FILE).write_text(json.dumps(state or {}, indent=2) + "\n", "utf-8")
         if add_files is not None:
             add_files(partial)

@@ -6,7 +6,11 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import Metadata
+
 from nested_reft_mcore.config.errors import UserError
+
+INDEX_FILE = ".metadata"
 
 # Plain records of torch's checkpoint format; building one runs no code of its own.
 _RECORDS = {
@@ -51,17 +55,31 @@ def check_pickles(directory: Path) -> None:
     Raises:
         UserError: the index is missing or broken, or it asks for something foreign.
     """
-    index = directory / ".metadata"
+    read_index(directory)
+
+
+def read_index(directory: Path) -> Metadata:
+    """The index of a checkpoint, read by an unpickler that builds nothing else.
+
+    Raises:
+        UserError: the index is missing or broken, or it asks for something foreign.
+    """
+    index = directory / INDEX_FILE
     if not index.is_file():
-        raise UserError(f"{directory}: no .metadata; expected a complete checkpoint")
+        raise UserError(f"{directory}: no {INDEX_FILE}; expected a complete checkpoint")
     try:
         with index.open("rb") as file:
-            _IndexUnpickler(file).load()
+            found = _IndexUnpickler(file).load()
     except UserError as error:
         raise UserError(f"{index}: {error}") from None
     # A broken pickle can raise nearly anything.
     except Exception as error:
         raise UserError(f"{index}: broken: {type(error).__name__}: {error}") from None
+    if not isinstance(found, Metadata):
+        raise UserError(
+            f"{index}: expected the index of a checkpoint, found {type(found).__name__}"
+        )
+    return found
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -34,9 +34,10 @@ class LayerWeights:
     qkv: Tensor
     """`[groups * (heads per group + 2) * head_dim, hidden]`: queries, key and value by group."""
     qkv_bias: Tensor | None
-    query_norm: Any | None
-    """Module over the head dimension, where the model has one."""
-    key_norm: Any | None
+    query_norm: Tensor | None
+    """`[head_dim]`, where the model has one."""
+    key_norm: Tensor | None
+    """`[head_dim]`, where the model has one."""
     projection: Tensor
     """`[hidden, heads * head_dim]`."""
     mlp_norm: Tensor
@@ -229,9 +230,9 @@ class PolicyDecoder:
         query, key, value = mixed.split((self._heads_per_group, 1, 1), dim=3)
         query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
         if layer.query_norm is not None:
-            query = layer.query_norm(query)
+            query = self._norm(query, layer.query_norm)
         if layer.key_norm is not None:
-            key = layer.key_norm(key)
+            key = self._norm(key, layer.key_norm)
         query = _rotate(query, places)
         key = _rotate(key, places).transpose(1, 2)
         value = value.transpose(1, 2)
@@ -338,8 +339,8 @@ def layer_weights(layer: Any) -> LayerWeights:
         attention_norm=_norm_weight(layer.input_layernorm, attention.linear_qkv),
         qkv=attention.linear_qkv.weight.detach(),
         qkv_bias=_bias(attention.linear_qkv),
-        query_norm=_optional(attention.q_layernorm),
-        key_norm=_optional(attention.k_layernorm),
+        query_norm=_head_norm(attention.q_layernorm),
+        key_norm=_head_norm(attention.k_layernorm),
         projection=attention.linear_proj.weight.detach(),
         mlp_norm=_norm_weight(layer.pre_mlp_layernorm, mlp.linear_fc1),
         gate_and_up=mlp.linear_fc1.weight.detach(),
@@ -366,8 +367,9 @@ def _bias(linear: Any) -> Tensor | None:
     return bias.detach() if bias is not None and bias.numel() else None
 
 
-def _optional(module: Any) -> Any | None:
-    return None if module is None or isinstance(module, IdentityOp) else module
+def _head_norm(module: Any) -> Tensor | None:
+    """The weight of a norm over heads; None where the model has none."""
+    return None if module is None or isinstance(module, IdentityOp) else module.weight.detach()
 
 
 def _pipeline_link(context: ParallelContext) -> PipelineLink:

@@ -15,19 +15,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nested_reft_mcore.checkpoints.staging import (
+    check_output_is_free,
+    check_room,
+    staged_directory,
+)
+from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.hf.config import hf_config
-from nested_reft_mcore.hf.directory_writer import DEFAULT_MAX_SHARD_BYTES, HfDirectoryWriter
+from nested_reft_mcore.hf.directory_writer import (
+    DEFAULT_MAX_SHARD_BYTES,
+    ShardPlan,
+    ShardWriter,
+    plan_shards,
+    write_json,
+)
 from nested_reft_mcore.hf.families import weight_map
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
-from nested_reft_mcore.hf.tokenizer_files import SpecialTokens, special_tokens
+from nested_reft_mcore.hf.tensor_checks import check_tensors, some
+from nested_reft_mcore.hf.tokenizer_files import (
+    SpecialTokens,
+    copy_tokenizer_files,
+    special_tokens,
+)
 from nested_reft_mcore.hf.transforms import from_mcore, hf_part, pad_rows, to_mcore, tp_join
 from nested_reft_mcore.hf.weight_map import MapEntry, WeightKind, WeightMap
+from nested_reft_mcore.mcore.agreement import on_main
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.weights import named_parameters
-
-# Buffers that old checkpoints hold and every implementation computes.
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
 def load_hf_weights(policy: Policy, hf_dir: Path) -> None:
@@ -43,11 +58,9 @@ def load_hf_weights(policy: Policy, hf_dir: Path) -> None:
     parameters = dict(named_parameters(policy))
     _check_parameters(policy, mapping, parameters)
     with SafetensorsReader(hf_dir) as reader, torch.no_grad():
-        _check_file_names(policy, mapping, reader.names, hf_dir)
+        check_tensors(reader, mapping, policy.architecture, hf_dir)
         for name, parameter in parameters.items():
-            entry = mapping.by_mcore_name[name]
-            _check_shapes(policy, entry, reader, hf_dir)
-            parameter.copy_(_read_shard(policy, entry, reader))
+            parameter.copy_(_read_shard(policy, mapping.by_mcore_name[name], reader))
 
 
 def export_hf_weights(
@@ -76,40 +89,57 @@ def export_hf_weights(
     """
     mapping = weight_map(policy.architecture)
     policy.sync_parameters()
+    context = policy.context
+    plan = plan_shards(mapping.hf_shapes, policy.transformer_config.params_dtype, max_shard_bytes)
     with ExitStack() as stack:
-        writer = None
-        problem: UserError | None = None
-        if policy.context.is_main:
-            try:
-                writer = stack.enter_context(
-                    HfDirectoryWriter(
-                        output_dir,
-                        mapping.hf_shapes,
-                        policy.transformer_config.params_dtype,
-                        max_shard_bytes=max_shard_bytes,
-                        force=force,
-                    )
-                )
-                _write_configs(policy, writer, tokenizer_source)
-            except UserError as error:
-                problem = error
-            except OSError as error:
-                problem = UserError(f"{output_dir}: cannot be written: {error}")
-        _raise_everywhere(policy, problem)
-        if policy.context.data.rank == 0:
-            _export_tensors(policy, mapping, writer)
-    if policy.context.world_size > 1:
-        dist.barrier()
+
+        def begin() -> Path:
+            check_output_is_free(
+                output_dir, marker="config.json", kind="Hugging Face directories", force=force
+            )
+            check_room(output_dir, plan.num_bytes)
+            directory = stack.enter_context(staged_directory(output_dir))
+            write_configs(directory, policy.architecture, plan.dtype, tokenizer_source)
+            return directory
+
+        directory = on_main(begin, context)
+        if context.data.rank == 0:
+            _export_tensors(policy, mapping, directory, plan)
+
+        def end() -> None:
+            plan.finish(directory)
+            stack.close()
+
+        on_main(end, context)
 
 
-def _export_tensors(policy: Policy, mapping: WeightMap, writer: HfDirectoryWriter | None) -> None:
+def write_configs(
+    directory: Path,
+    architecture: ModelArchitecture,
+    dtype: torch.dtype,
+    tokenizer_source: Path | None,
+) -> None:
+    """Write `config.json`, and tokenizer and generation config where there is a tokenizer.
+
+    Raises:
+        UserError: the architecture has no Hugging Face layout, or there is no tokenizer there.
+    """
+    name = str(dtype).removeprefix("torch.")
+    tokens = SpecialTokens() if tokenizer_source is None else special_tokens(tokenizer_source)
+    write_json(directory / "config.json", hf_config(architecture, dtype=name, **asdict(tokens)))
+    if tokenizer_source is not None:
+        copy_tokenizer_files(tokenizer_source, directory)
+
+
+def _export_tensors(policy: Policy, mapping: WeightMap, directory: Path, plan: ShardPlan) -> None:
     parameters = dict(named_parameters(policy))
-    for entry in mapping.entries:
-        full = _full_tensor(policy, entry, parameters)
-        if writer is not None and full is not None:
-            parts = from_mcore(entry.kind, full, policy.architecture)
-            for tensor, part in zip(entry.tensors, parts, strict=True):
-                writer.add(tensor.name, part)
+    with ShardWriter(directory, plan) as writer:
+        for entry in mapping.entries:
+            full = _full_tensor(policy, entry, parameters)
+            if policy.context.is_main and full is not None:
+                parts = from_mcore(entry.kind, full, policy.architecture)
+                for tensor, part in zip(entry.tensors, parts, strict=True):
+                    writer.add(tensor.name, part)
 
 
 def _read_shard(policy: Policy, entry: MapEntry, reader: SafetensorsReader) -> Tensor:
@@ -170,25 +200,6 @@ def _stage_of(policy: Policy, entry: MapEntry) -> int:
     return 0 if is_embedding else policy.context.pipeline.size - 1
 
 
-def _write_configs(policy: Policy, writer: HfDirectoryWriter, source: Path | None) -> None:
-    dtype = str(policy.transformer_config.params_dtype).removeprefix("torch.")
-    tokens = SpecialTokens() if source is None else special_tokens(source)
-    writer.write_json("config.json", hf_config(policy.architecture, dtype=dtype, **asdict(tokens)))
-    if source is not None:
-        writer.copy_tokenizer(source)
-
-
-def _raise_everywhere(policy: Policy, problem: UserError | None) -> None:
-    """Raise rank 0's problem on every rank, so that nobody waits for a rank that has left."""
-    if policy.context.world_size > 1:
-        shared: list[str | None] = [None if problem is None else str(problem)]
-        dist.broadcast_object_list(shared, src=0, device=policy.context.device)
-        if problem is None and shared[0] is not None:
-            problem = UserError(shared[0])
-    if problem is not None:
-        raise problem
-
-
 def _check_parameters(policy: Policy, mapping: WeightMap, names: Iterable[str]) -> None:
     """Every parameter here has an entry, and every entry of this stage has a parameter here."""
     here = set(names)
@@ -202,40 +213,6 @@ def _check_parameters(policy: Policy, mapping: WeightMap, names: Iterable[str]) 
     if unknown or absent:
         raise UserError(
             f"model.architecture: the Hugging Face layout of family {policy.architecture.family!r} "
-            f"does not fit it: {_some('without a tensor there: ', unknown)}"
-            f"{_some('without a parameter here: ', absent)}"
+            f"does not fit it: {some('without a tensor there: ', unknown)}"
+            f"{some('without a parameter here: ', absent)}"
         )
-
-
-def _check_file_names(
-    policy: Policy, mapping: WeightMap, found: frozenset[str], hf_dir: Path
-) -> None:
-    missing = [name for name in mapping.hf_shapes if name not in found]
-    unexpected = set(found - mapping.hf_shapes.keys())
-    if not policy.architecture.untie_embeddings_and_output_weights:
-        # Written by some tools beside the embedding that it is tied to.
-        unexpected.discard("lm_head.weight")
-    unexpected = sorted(name for name in unexpected if not name.endswith(_IGNORED_SUFFIXES))
-    if missing or unexpected:
-        raise UserError(
-            f"{hf_dir}: its tensors are not those that its architecture has: "
-            f"{_some('missing: ', missing)}{_some('unexpected: ', unexpected)}"
-        )
-
-
-def _check_shapes(policy: Policy, entry: MapEntry, reader: SafetensorsReader, hf_dir: Path) -> None:
-    for tensor in entry.tensors:
-        expected, found = tensor.shape(policy.architecture), reader.shape(tensor.name)
-        if found != expected:
-            raise UserError(
-                f"{hf_dir}: {tensor.name} has shape {list(found)}, the architecture has "
-                f"{list(expected)}"
-            )
-
-
-def _some(label: str, names: list[str]) -> str:
-    """The first few of `names` under a label, or nothing."""
-    if not names:
-        return ""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{label}{', '.join(names[:5])}{more}; "

@@ -17,7 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.architecture import ModelArchitecture, RopeScaling
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
 from nested_reft_mcore.hf.transforms import padded_vocab_size
 from nested_reft_mcore.launch.context import ParallelContext
@@ -139,6 +139,7 @@ def build_policy(
             rotary_base=architecture.rotary_base,  # pyright: ignore[reportArgumentType]
             vp_stage=index if num_chunks > 1 else None,
         )
+        _scale_rotary(chunk, architecture.rope_scaling)
         # Norms are made in float32, whatever the type of the matrices.
         chunk.to(device=context.device, dtype=config.params_dtype)
         _mark_tensor_parallel(chunk)
@@ -147,6 +148,16 @@ def build_policy(
     # Building a model may have imported more of Megatron.
     cpu_backend.install()
     return Policy(chunks, config, architecture, context)
+
+
+def _scale_rotary(chunk: GPTModel, scaling: RopeScaling | None) -> None:
+    """Stretch the rotary frequencies by Megatron's own formula.
+
+    GPTModel's `rope_scaling` takes the factor alone, and fixes the other numbers at Llama 3.1's.
+    """
+    if scaling is not None:
+        rotary: Any = chunk.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling.model_dump())
 
 
 def _mark_tensor_parallel(chunk: GPTModel) -> None:

@@ -56,6 +56,49 @@ def forward_logprobs(
     ).logprobs
 
 
+def forward_logits(policy: Policy, tokens: Tensor) -> Tensor | None:
+    """Logits of the policy as it stands, for comparisons: everybody gathers the vocabulary.
+
+    Args:
+        policy: Without virtual pipeline stages.
+        tokens: `[batch, seq]` int64; the same on every process.
+
+    Returns:
+        `[batch, seq, vocab]` float32 on the CPU on rank 0; None on other processes.
+    """
+    context = policy.context
+    collected: list[Tensor] = []
+
+    def keep(logits: Tensor) -> tuple[Tensor, Tensor, None]:
+        collected.append(logits.float().contiguous())
+        return logits.sum(), torch.ones((), dtype=torch.int, device=logits.device), None
+
+    def forward_step(_batches: Any, chunk: Any) -> tuple[Tensor, Any]:
+        positions = torch.arange(tokens.shape[1], device=context.device).expand_as(tokens)
+        return chunk(tokens.to(context.device), positions, None), keep
+
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter([None]),
+            model=policy.modules,
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+        )
+    width = policy.padded_vocab_size // context.tensor.size
+    shard = torch.zeros((*tokens.shape, width), dtype=torch.float32, device=context.device)
+    shard = _from_last_stage(collected[0] if collected else shard, context)
+    shards = [shard]
+    if context.tensor.group is not None:
+        shards = [torch.empty_like(shard) for _ in context.tensor.ranks]
+        dist.all_gather(shards, shard, group=context.tensor.group)
+    if not context.is_main:
+        return None
+    return torch.cat(shards, dim=-1)[..., : policy.architecture.vocab_size].cpu()
+
+
 def run_batch(
     policy: Policy,
     batch: TrainingBatch,

@@ -47,6 +47,9 @@ def transformer_config(
         ffn_hidden_size=architecture.ffn_hidden_size,
         layernorm_epsilon=architecture.layernorm_epsilon,
         add_qkv_bias=architecture.add_qkv_bias,
+        # Also makes Megatron sum the gradients of these norms over the tensor-parallel ranks, each
+        # of which applies them to its own heads only.
+        qk_layernorm=architecture.qk_layernorm,
         init_method_std=architecture.init_method_std,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -77,12 +80,18 @@ def block_spec(
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """The layers of one model chunk, of our skippable class."""
     if uses_transformer_engine(model):
-        spec = copy.copy(get_gpt_layer_with_transformer_engine_spec())
+        spec = copy.copy(
+            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        )
         spec.module = NestedTransformerLayer
         return spec
     spec: Any = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     spec.module = NestedTransformerLayer
-    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage)

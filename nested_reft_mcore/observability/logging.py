@@ -26,6 +26,7 @@ _NOISE = re.compile(
     r"|torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"
     r"|`load_state_dict` is deprecated and will be removed in future versions"
     r"|we are deprecating ShardedTensor"
+    r"|When using async grad allreduce it is recommended to set"
     r"|lr_scheduler\.step\(\)` before `optimizer\.step\(\)"
 )
 

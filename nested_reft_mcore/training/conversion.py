@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
+from nested_reft_mcore.checkpoints.manifest import file_names, hash_files, write_manifest
+from nested_reft_mcore.checkpoints.publish import sync_tree
+from nested_reft_mcore.checkpoints.staging import (
+    check_output_is_free,
+    check_room,
+    staged_directory,
+)
 from nested_reft_mcore.config.checkpoint_layout import (
     ARCHITECTURE_FILE,
     read_checkpoint_architecture,
@@ -11,92 +22,201 @@ from nested_reft_mcore.config.checkpoint_layout import (
 )
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.inference import HfToMcoreOptions, McoreToHfOptions
-from nested_reft_mcore.config.schema import ModelConfig
 from nested_reft_mcore.hf.config import check_exportable, read_architecture
-from nested_reft_mcore.hf.directory_writer import check_output_is_free
+from nested_reft_mcore.hf.directory_writer import plan_shards
+from nested_reft_mcore.hf.families import weight_map
+from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
+from nested_reft_mcore.hf.tensor_checks import check_tensors, some
 from nested_reft_mcore.hf.tokenizer_files import (
     CHECKPOINT_TOKENIZER_DIRECTORY,
     checkpoint_tokenizer,
     copy_tokenizer_files,
     has_tokenizer,
 )
+from nested_reft_mcore.hf.weight_map import WeightMap
 from nested_reft_mcore.launch.context import ParallelContext
-from nested_reft_mcore.mcore.checkpoint import load_weights, save_weights
-from nested_reft_mcore.mcore.hf_weights import export_hf_weights, load_hf_weights
-from nested_reft_mcore.mcore.model import build_policy
+from nested_reft_mcore.launch.exit_codes import ExitCode
+from nested_reft_mcore.mcore.agreement import on_all, on_main
+from nested_reft_mcore.mcore.checkpoint_pieces import checkpoint_key
+from nested_reft_mcore.mcore.convert import (
+    WrittenShare,
+    check_checkpoint,
+    checkpoint_bytes,
+    finish_checkpoint,
+    write_hf_files,
+    write_share,
+)
+from nested_reft_mcore.mcore.hf_weights import write_configs
+from nested_reft_mcore.mcore.piece_reader import PieceReader
+from nested_reft_mcore.observability.byte_progress import ByteProgress
+from nested_reft_mcore.training.verification import verify
 
-_BYTES_IN_MEGABYTE = 10**6
+_log = logging.getLogger(__name__)
 
 
-def hf_to_mcore(options: HfToMcoreOptions, context: ParallelContext) -> None:
+def hf_to_mcore(options: HfToMcoreOptions, context: ParallelContext) -> int:
     """Write the model of a Hugging Face directory as a checkpoint. Every process calls it.
 
     The checkpoint loads at any parallel layout. The tokenizer, if there is one, goes with it.
 
+    Returns:
+        The exit code: 1 if the logits were to be verified and differ.
+
     Raises:
-        UserError: the directory cannot be read, or the output is taken.
+        UserError: the directory cannot be read, its tensors are not the architecture's or not
+            finite, or the output cannot be written.
     """
     hf_dir, output = Path(options.hf), Path(options.output).resolve()
-    _check_checkpoint_is_free(output, force=options.force)
+    tensor_size = options.parallel.tensor_model_parallel_size
     architecture = read_architecture(hf_dir)
-    model = ModelConfig(hf_path=options.hf, dtype=options.dtype)
-    policy = build_policy(architecture, model, options.parallel, context)
-    load_hf_weights(policy, hf_dir)
+    mapping = weight_map(architecture)
+    with SafetensorsReader(hf_dir) as reader, ExitStack() as stack:
+        check_tensors(reader, mapping, architecture, hf_dir)
+        dtype = _written_dtype(options.dtype, {reader.dtype(name) for name in mapping.hf_shapes})
+        num_bytes = checkpoint_bytes(mapping, architecture, tensor_size, dtype)
 
-    def add_tokenizer(directory: Path) -> None:
-        if has_tokenizer(hf_dir):
-            target = directory / CHECKPOINT_TOKENIZER_DIRECTORY
-            target.mkdir()
-            copy_tokenizer_files(hf_dir, target)
+        def begin() -> Path:
+            check_output_is_free(
+                output, marker=ARCHITECTURE_FILE, kind="checkpoints", force=options.force
+            )
+            check_room(output, num_bytes)
+            return stack.enter_context(staged_directory(output))
 
-    save_weights(policy, output, add_files=add_tokenizer)
+        directory = on_main(begin, context)
+        with ByteProgress("convert", num_bytes // context.world_size, context.is_main) as progress:
+            shares = on_all(
+                lambda: write_share(
+                    directory,
+                    reader,
+                    mapping,
+                    architecture,
+                    dtype=dtype,
+                    tensor_size=tensor_size,
+                    rank=context.rank,
+                    world_size=context.world_size,
+                    progress=progress.advance,
+                ),
+                context,
+            )
+        _judge_nonfinite(shares, hf_dir, allowed=options.allow_nonfinite, is_main=context.is_main)
+
+        def end() -> None:
+            finish_checkpoint(
+                directory, shares, mapping, architecture, dtype=dtype, tensor_size=tensor_size
+            )
+            if has_tokenizer(hf_dir):
+                (directory / CHECKPOINT_TOKENIZER_DIRECTORY).mkdir()
+                copy_tokenizer_files(hf_dir, directory / CHECKPOINT_TOKENIZER_DIRECTORY)
+            hashed = [entry for share in shares for entry in share.files]
+            rest = set(file_names(directory)) - {entry.name for entry in hashed}
+            sync_tree(directory)
+            write_manifest(directory, [*hashed, *hash_files(directory, sorted(rest))])
+            stack.close()
+
+        on_main(end, context)
     if context.is_main:
-        print(f"{output}: checkpoint of {hf_dir}", flush=True)
+        print(f"{output}: checkpoint of {hf_dir}, {_in_words(mapping, dtype)}", flush=True)
+    if not options.verify:
+        return ExitCode.OK
+    return verify(
+        output, hf_dir, options.parallel, context, dtype=dtype, tolerance=options.tolerance
+    )
 
 
-def mcore_to_hf(options: McoreToHfOptions, context: ParallelContext) -> None:
+def mcore_to_hf(options: McoreToHfOptions, context: ParallelContext) -> int:
     """Write the model of a checkpoint as a Hugging Face directory. Every process calls it.
+
+    Returns:
+        The exit code: 1 if the logits were to be verified and differ.
 
     Raises:
         UserError: the checkpoint cannot be read, its architecture has no Hugging Face layout, or
-            the output is taken.
+            the output cannot be written.
     """
-    checkpoint, output = resolve_checkpoint(options.checkpoint), Path(options.output)
-    check_output_is_free(output, force=options.force)
+    checkpoint, output = resolve_checkpoint(options.checkpoint), Path(options.output).resolve()
     architecture = read_checkpoint_architecture(checkpoint)
     check_exportable(architecture)
-    if options.tokenizer_path is None:
-        tokenizer = checkpoint_tokenizer(checkpoint)
-    else:
-        tokenizer = Path(options.tokenizer_path)
-    model = ModelConfig(checkpoint=str(checkpoint), dtype=options.dtype)
-    policy = build_policy(architecture, model, options.parallel, context)
-    load_weights(policy, checkpoint)
-    export_hf_weights(
-        policy,
-        output,
-        tokenizer,
-        max_shard_bytes=options.max_shard_size_mb * _BYTES_IN_MEGABYTE,
-        force=options.force,
-    )
+    mapping = weight_map(architecture)
+    tokenizer = _tokenizer_of(options, checkpoint)
+    with PieceReader(checkpoint) as reader, ExitStack() as stack:
+        check_checkpoint(reader, mapping, architecture)
+        found = {reader.dtypes[checkpoint_key(entry)] for entry in mapping.entries}
+        dtype = _written_dtype(options.dtype, found)
+        plan = plan_shards(
+            mapping.hf_shapes, dtype, options.max_shard_bytes, num_writers=context.world_size
+        )
+
+        def begin() -> Path:
+            check_output_is_free(
+                output, marker="config.json", kind="Hugging Face directories", force=options.force
+            )
+            check_room(output, plan.num_bytes)
+            directory = stack.enter_context(staged_directory(output))
+            write_configs(directory, architecture, dtype, tokenizer)
+            return directory
+
+        directory = on_main(begin, context)
+        files = plan.files_of(context.rank, context.world_size)
+        share = plan.num_bytes // context.world_size
+        with ByteProgress("convert", share, context.is_main) as progress:
+            on_all(
+                lambda: write_hf_files(
+                    directory,
+                    files,
+                    plan,
+                    reader,
+                    mapping,
+                    architecture,
+                    progress=progress.advance,
+                ),
+                context,
+            )
+
+        def end() -> None:
+            plan.finish(directory)
+            stack.close()
+
+        on_main(end, context)
     if context.is_main:
         with_tokenizer = "with" if tokenizer is not None else "without"
         print(
-            f"{output}: Hugging Face model of {checkpoint}, {with_tokenizer} tokenizer", flush=True
+            f"{output}: Hugging Face model of {checkpoint}, {_in_words(mapping, dtype)}, "
+            f"{with_tokenizer} tokenizer",
+            flush=True,
         )
+    if not options.verify:
+        return ExitCode.OK
+    return verify(
+        checkpoint, output, options.parallel, context, dtype=dtype, tolerance=options.tolerance
+    )
 
 
-def _check_checkpoint_is_free(output: Path, *, force: bool) -> None:
-    """Refuse to write over anything, and with `force` over anything but a checkpoint."""
-    if not output.exists():
+def _written_dtype(asked: str, found: set[torch.dtype]) -> torch.dtype:
+    """What is asked for; else bfloat16 where all of it is, and float32, which holds any other."""
+    if asked == "auto":
+        return torch.bfloat16 if found == {torch.bfloat16} else torch.float32
+    return torch.bfloat16 if asked == "bfloat16" else torch.float32
+
+
+def _judge_nonfinite(
+    shares: list[WrittenShare], hf_dir: Path, *, allowed: bool, is_main: bool
+) -> None:
+    names = sorted({name for share in shares for name in share.nonfinite})
+    if not names:
         return
-    if not output.is_dir():
-        raise UserError(f"{output}: expected a directory to write to, found a file")
-    if not any(output.iterdir()):
-        return
-    if not force:
-        raise UserError(f"{output}: is not empty; choose another directory or use --force")
-    if not (output / ARCHITECTURE_FILE).is_file():
-        raise UserError(
-            f"{output}: --force replaces checkpoints only, and this one has no {ARCHITECTURE_FILE}"
-        )
+    message = f"{hf_dir}: NaN or infinity in {some('', names).rstrip('; ')}"
+    if not allowed:
+        raise UserError(f"{message}; write them all the same with --allow-nonfinite")
+    if is_main:
+        _log.warning("%s", message)
+
+
+def _tokenizer_of(options: McoreToHfOptions, checkpoint: Path) -> Path | None:
+    if options.tokenizer_path is not None:
+        return Path(options.tokenizer_path)
+    return checkpoint_tokenizer(checkpoint)
+
+
+def _in_words(mapping: WeightMap, dtype: torch.dtype) -> str:
+    count = sum(torch.Size(shape).numel() for shape in mapping.hf_shapes.values())
+    return f"{count:,} parameters in {str(dtype).removeprefix('torch.')}"

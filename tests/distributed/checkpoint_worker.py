@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_cases import Outcome, build, forward_backward, shard, training_batch
+from model_cases import Outcome, build, forward_backward, shapes, shard, training_batch
 from update_worker import layout
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
@@ -28,11 +28,15 @@ def _step(policy: Policy, optimizer: PolicyOptimizer) -> Outcome:
     return outcome
 
 
-def save(ranks: RankInfo, optimizers: dict[str, dict[str, Any]], root: Path) -> None:
-    """For each optimizer two steps, save, and a third step that is recorded beside it."""
+Case = tuple[str, dict[str, Any]]
+"""A name in `model_cases.shapes`, and options of the optimizer."""
+
+
+def save(ranks: RankInfo, cases: dict[str, Case], root: Path) -> None:
+    """For each case two steps, save, and a third step that is recorded beside it."""
     with layout(ranks, {}) as (parallel, context):
-        for name, options in optimizers.items():
-            policy, optimizer = _start(parallel, context, options)
+        for name, case in cases.items():
+            policy, optimizer = _start(parallel, context, case)
             for _ in range(2):
                 _step(policy, optimizer)
             state = {"step": 2, "note": "kept"}
@@ -46,15 +50,15 @@ def save(ranks: RankInfo, optimizers: dict[str, dict[str, Any]], root: Path) -> 
 def load(
     ranks: RankInfo,
     layouts: dict[str, dict[str, Any]],
-    optimizers: dict[str, dict[str, Any]],
+    cases: dict[str, Case],
     root: Path,
 ) -> dict[str, float]:
     """Load into fresh policies and take the third step; largest mean differences of a weight."""
     differences = {}
     for layout_name, layout_options in layouts.items():
         with layout(ranks, layout_options) as (parallel, context):
-            for name, options in optimizers.items():
-                policy, optimizer = _start(parallel, context, options)
+            for name, case in cases.items():
+                policy, optimizer = _start(parallel, context, case)
                 initialize_weights(policy, seed=99)
                 state = load_checkpoint(policy, optimizer, root / name / "saved")
                 assert state == {"step": 2, "note": "kept"}
@@ -66,10 +70,11 @@ def load(
 
 
 def _start(
-    parallel: ParallelConfig, context: ParallelContext, options: dict[str, Any]
+    parallel: ParallelConfig, context: ParallelContext, case: Case
 ) -> tuple[Policy, PolicyOptimizer]:
+    shape, options = case
     config = OptimizerConfig(lr=1e-2, lr_warmup_steps=2, **options)
-    return build(parallel, context, optimizer=config)
+    return build(parallel, context, shapes()[shape], optimizer=config)
 
 
 def _third_step(policy: Policy, optimizer: PolicyOptimizer, path: Path) -> float:

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from model_cases import VOCAB_SIZE, architecture, randomize_norms_and_biases
+from model_cases import VOCAB_SIZE, randomize_norms_and_biases, shapes
 from torch import Tensor
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
 from nested_reft_mcore.launch.context import RankInfo
 from nested_reft_mcore.mcore.decode import PolicyDecoder, parameters_of
@@ -49,14 +48,6 @@ class Decoded:
     """The same from GPTModel's forward; in a single process alone."""
     executions: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     """Passes of each layer's attention and MLP."""
-
-
-def shapes() -> dict[str, ModelArchitecture]:
-    """Tied embeddings of 41 tokens, all on the first tensor rank; untied ones of 200, on both."""
-    return {
-        "tied": architecture(),
-        "untied": architecture(vocab_size=200, untie_embeddings_and_output_weights=True),
-    }
 
 
 def prompts() -> list[Prompt]:

@@ -10,11 +10,11 @@ import torch
 from megatron.core import parallel_state
 from model_cases import (
     Outcome,
-    architecture,
     build,
     forward_backward,
     original_name,
     plans,
+    shapes,
     shard,
     smaller_policy,
     training_batch,
@@ -44,14 +44,6 @@ RECOMPUTE = {
 
 HARD_PLANS = ("1.attention,3.mlp,4,6.attention", "2,3,4,5")
 """Scattered parts; and layers that are whole middle stages of four, halves of two."""
-
-
-def shapes() -> dict[str, Any]:
-    """Tied embeddings of 41 tokens, all on the first tensor rank; untied ones of 200, on both."""
-    return {
-        "tied": architecture(),
-        "untied": architecture(vocab_size=200, untie_embeddings_and_output_weights=True),
-    }
 
 
 def write_reference(parallel: ParallelConfig, context: ParallelContext, path: Path) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.architecture import ModelArchitecture, RopeScaling
 from nested_reft_mcore.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.model import Policy, build_policy
@@ -39,6 +39,24 @@ def architecture(**changes: Any) -> ModelArchitecture:
         "init_method_std": 0.15,
     }
     return ModelArchitecture(**{**shape, **changes})
+
+
+def shapes() -> dict[str, ModelArchitecture]:
+    """Tied embeddings of 41 tokens, all on the first tensor rank, and a QKV bias; untied ones of
+    200, on both, norms over queries and keys, and Llama 3.1's rotary frequencies."""
+    scaling = RopeScaling(
+        factor=4.0, low_freq_factor=1.25, high_freq_factor=5.0, original_max_position_embeddings=48
+    )
+    return {
+        "tied": architecture(),
+        "untied": architecture(
+            vocab_size=200,
+            untie_embeddings_and_output_weights=True,
+            add_qkv_bias=False,
+            qk_layernorm=True,
+            rope_scaling=scaling,
+        ),
+    }
 
 
 def training_batch(num_sequences: int = 8, length: int = 12) -> TrainingBatch:

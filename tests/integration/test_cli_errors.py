@@ -114,7 +114,7 @@ def test_unknown_model_type(room):
     (room / "hf").mkdir()
     (room / "hf" / "config.json").write_text('{"model_type": "mamba"}')
     text = refusal("train", "config.yaml", "model={hf_path: hf}", cwd=room)
-    assert "'mamba' is not supported; supported are llama, qwen2" in text
+    assert "'mamba' is not supported; supported are llama, mistral, qwen2, qwen3" in text
 
 
 def test_batches_that_replicas_cannot_share(room):

@@ -1,31 +1,20 @@
-"""Real mpiruns, of Open MPI and of MPICH: they meet, stop, fail and end as one.
-
-`make mpi` puts both where these tests look first; an mpirun on the PATH will do as well.
-"""
+"""Real mpiruns, of Open MPI and of MPICH: they meet, stop, fail and end as one."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hf_cases import HfCase, write_model
-from run_cases import LAUNCH_VARIABLES, REPOSITORY
+from mpi_cases import KINDS, Mpirun, find_mpirun, finish
+from run_cases import REPOSITORY
 
 pytestmark = pytest.mark.distributed
-KINDS = ("openmpi", "mpich")
-SIGNATURES = {"openmpi": ("open mpi", "openrte", "prrte"), "mpich": ("hydra", "mpich")}
-# As root, with more processes than cores, without pinning all of them to the first core.
-OPTIONS = {
-    "openmpi": ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none"),
-    "mpich": (),
-}
 
 SCRIPT = """
 import datetime, os, sys, time
@@ -100,75 +89,22 @@ leave(modes[mode])
 """
 
 
-@dataclass(frozen=True)
-class Mpirun:
-    kind: str
-    command: str
-    libraries: str
-    """A directory for LD_LIBRARY_PATH; may be empty."""
-
-    def environment(self, **more: str) -> dict[str, str]:
-        clean = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
-        clean["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-        if self.libraries:
-            former = os.environ.get("LD_LIBRARY_PATH", "")
-            clean["LD_LIBRARY_PATH"] = os.pathsep.join([self.libraries, *filter(None, [former])])
-        return clean | more
-
-    def start(self, size: int, *command: str, **more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [self.command, *OPTIONS[self.kind], "-n", str(size), sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self.environment(**more),
-        )
-
-    def run(self, size: int, *command: str, **more: str) -> tuple[int, str, str]:
-        return finish(self.start(size, *command, **more))
-
-
-def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        out, err = process.communicate(timeout=20)
-        raise AssertionError(f"no end after {seconds} seconds:\n{out}\n{err}") from None
-    return process.returncode, out, err
-
-
-def find_mpirun(kind: str) -> Mpirun | str:
-    """The mpirun of this kind, or why there is none."""
-    ours = Path(sys.prefix) / "mpi" / kind
-    found = None
-    if (ours / "bin" / "mpirun").exists():
-        found = Mpirun(kind, str(ours / "bin" / "mpirun"), str(ours / "lib"))
-    for name in (f"mpirun.{kind}", "mpirun"):
-        path = shutil.which(name)
-        if found is None and path is not None:
-            shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-            if any(sign in shown.stdout.lower() for sign in SIGNATURES[kind]):
-                found = Mpirun(kind, path, "")
-    if found is None:
-        return f"no mpirun of {kind}: `make mpi` installs one"
-    load = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI"
-    done = subprocess.run(
-        [sys.executable, "-c", load],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=found.environment(MPI4PY_MPIABI=kind),
-    )
-    return found if done.returncode == 0 else f"{kind}: {done.stderr.splitlines()[-1]}"
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def mpirun(request: pytest.FixtureRequest) -> Mpirun:
     found = find_mpirun(request.param)
     if isinstance(found, str):
         pytest.skip(found)
     return found
+
+
+@pytest.fixture(scope="module")
+def any_mpirun() -> Mpirun:
+    """For what doesn't depend on the kind."""
+    found = [find_mpirun(kind) for kind in KINDS]
+    there = [mpirun for mpirun in found if isinstance(mpirun, Mpirun)]
+    if not there:
+        pytest.skip("; ".join(map(str, found)))
+    return there[0]
 
 
 @pytest.fixture
@@ -233,27 +169,27 @@ def test_one_failure_ends_all(mpirun: Mpirun, script: Path) -> None:
     assert gone(pid)
 
 
-def test_a_mistake_that_all_find_is_told_by_rank_0(mpirun: Mpirun, script: Path) -> None:
-    code, _, err = mpirun.run(2, str(script), "refuse")
+def test_a_mistake_that_all_find_is_told_by_rank_0(any_mpirun: Mpirun, script: Path) -> None:
+    code, _, err = any_mpirun.run(2, str(script), "refuse")
     assert code == 2, err
     assert "error: both find this" in err.splitlines()
     assert "Traceback" not in err
 
 
 def test_one_process_is_a_bare_start_whose_children_are_no_ranks_of_it(
-    mpirun: Mpirun, script: Path
+    any_mpirun: Mpirun, script: Path
 ) -> None:
-    code, _, err = mpirun.run(1, str(script), "alone")
+    code, _, err = any_mpirun.run(1, str(script), "alone")
     assert code == 0, err
     assert (script.parent / "bare.-1").read_text() == "None"
     for rank in range(2):
         assert (script.parent / f"child.{rank}").read_text() == "('local', 2)"
 
 
-def test_without_mpi4py_the_message_says_how_to_get_it(mpirun: Mpirun, script: Path) -> None:
+def test_without_mpi4py_the_message_says_how_to_get_it(any_mpirun: Mpirun, script: Path) -> None:
     hidden = "raise ModuleNotFoundError('hidden', name='mpi4py')\n"
     (script.parent / "mpi4py.py").write_text(hidden)
-    code, _, err = mpirun.run(2, str(script), "meet")
+    code, _, err = any_mpirun.run(2, str(script), "meet")
     assert code == 2, err
     assert "error: mpirun: mpi4py is not installed" in err
     assert "pip install 'nested_reft_mcore[mpi]'" in err
@@ -270,4 +206,32 @@ def test_the_library_of_another_mpi_is_refused(script: Path) -> None:
     code, _, err = hydra.run(2, str(script), "meet", MPI4PY_MPIABI="openmpi", LD_LIBRARY_PATH=paths)
     assert code == 2, err
     assert "started 2 processes, but mpi4py counts 1: it has loaded Open MPI v" in err
+    assert "Traceback" not in err
+
+
+def test_doctor_names_the_mpi_that_is_loaded(mpirun: Mpirun) -> None:
+    code = (
+        "from nested_reft_mcore.launch.doctor import check_communication; "
+        "print([f for f in check_communication() if f.name == 'MPI'])"
+    )
+    here = os.pathsep.join([str(Path(mpirun.command).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=mpirun.environment(PATH=here),
+    )
+    name = {"openmpi": "Open MPI v", "mpich": "MPICH "}[mpirun.kind]
+    assert "status='ok'" in done.stdout
+    assert f" with {name}" in done.stdout
+    if Path(mpirun.command).name == "mpirun":
+        assert f"the mpirun of {mpirun.kind} on the PATH" in done.stdout
+
+
+def test_an_mpi_that_cannot_be_loaded_is_told(any_mpirun: Mpirun, script: Path) -> None:
+    code, _, err = any_mpirun.run(2, str(script), "meet", MPI4PY_LIBMPI="/nowhere/libmpi.so")
+    assert code == 2, err
+    assert "error: mpirun: mpi4py cannot load the MPI library" in err
+    assert "/nowhere/libmpi.so" in err
     assert "Traceback" not in err

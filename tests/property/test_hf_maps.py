@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
-from nested_reft_mcore.hf.families import weight_map
+from nested_reft_mcore.hf.families import FAMILIES, weight_map
 from nested_reft_mcore.hf.transforms import (
     from_mcore,
     hf_part,
@@ -23,7 +23,7 @@ def architectures(draw) -> tuple[ModelArchitecture, int]:
     """An architecture and a tensor-parallel size that divides it."""
     tp_size = draw(st.sampled_from([1, 2, 3, 4]))
     groups = tp_size * draw(st.integers(1, 2))
-    family = draw(st.sampled_from(["llama", "qwen2"]))
+    family = draw(st.sampled_from(list(FAMILIES)))
     architecture = ModelArchitecture(
         num_layers=draw(st.integers(1, 3)),
         hidden_size=draw(st.integers(1, 7)),
@@ -32,7 +32,8 @@ def architectures(draw) -> tuple[ModelArchitecture, int]:
         ffn_hidden_size=tp_size * draw(st.integers(1, 4)),
         kv_channels=draw(st.integers(1, 4)),
         vocab_size=draw(st.integers(1, 300)),
-        add_qkv_bias=family == "qwen2",
+        add_qkv_bias=FAMILIES[family].add_qkv_bias,
+        qk_layernorm=FAMILIES[family].qk_layernorm,
         untie_embeddings_and_output_weights=draw(st.booleans()),
         family=family,
     )

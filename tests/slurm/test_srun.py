@@ -1,4 +1,7 @@
-"""Runs under a real Slurm: whatever way a signal comes, all tasks save and leave with 75."""
+"""Under a real Slurm: who launched what; and however a signal comes, all save and leave with 75.
+
+Any cluster with two idle nodes will do, if this tree is on its shared file system.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mpi_cases import KINDS, OPTIONS, find_mpirun
 from run_cases import PATIENCE_SECONDS, PIPELINE, REPOSITORY, metrics_of, write_room
 
 NUM_NODES = 2
@@ -39,7 +43,7 @@ def why_not() -> str:
     )
     idle = sum(int(line) for line in shown.stdout.split() if line.isdigit())
     if shown.returncode != 0 or idle < NUM_NODES:
-        return f"sinfo finds {idle} idle nodes, {NUM_NODES} are needed: {shown.stderr.strip()}"
+        return f"sinfo finds {idle} idle nodes, {NUM_NODES} are needed {shown.stderr[:80]!r}"
     return ""
 
 
@@ -118,7 +122,7 @@ def test_a_step_stops_and_the_same_command_goes_on(room: Path, name: str) -> Non
             cwd=room,
             env=environment(),
         )
-        wait_for(lambda before=before: last_step(run_dir) > before, lambda: str(process.poll()))
+        wait_for(lambda before=before: last_step(run_dir) > before, lambda: f"{run_dir}: no step")
         signal_job(name, f"--signal={number}")
         out, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 75, out
@@ -153,3 +157,68 @@ def test_a_batch_script_passes_the_signal_on(room: Path, name: str, reach: str) 
     wait_for((directory / "code").exists, log.read_text)
     assert (directory / "code").read_text() == "75\n", log.read_text()
     assert check_saved(directory / "run") > 0
+
+
+DISCOVER = """
+import os
+from nested_reft_mcore.launch.ranks import discover_ranks
+ranks = discover_ranks(os.environ)
+print(ranks.launcher, ranks.rank, ranks.world_size, flush=True)
+"""
+MEET = """
+import os, sys
+from nested_reft_mcore.launch.mpi import MpiWorld
+from nested_reft_mcore.launch.ranks import discover_ranks
+ranks = discover_ranks(os.environ)
+world = MpiWorld(ranks)
+import torch.distributed as dist
+os.environ["MASTER_ADDR"] = world.ranks.master_addr
+os.environ["MASTER_PORT"] = str(world.ranks.master_port)
+dist.init_process_group("gloo", rank=world.ranks.rank, world_size=world.ranks.world_size)
+dist.barrier()
+print(ranks.launcher, ranks.rank, ranks.world_size, flush=True)
+dist.destroy_process_group()
+os._exit(world.part(0))
+"""
+
+
+@pytest.mark.parametrize("mpi", ["none", "pmi2"])
+def test_a_task_of_srun_is_not_taken_for_one_of_mpirun(room: Path, mpi: str) -> None:
+    """pmi2 has PMI_RANK and PMI_SIZE in the environment, as MPICH's mpirun has."""
+    shown = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, check=False)
+    if mpi not in (shown.stdout + shown.stderr).split():
+        pytest.skip(f"this Slurm has no --mpi={mpi}")
+    sizes = (f"--nodes={NUM_NODES}", f"--ntasks={NUM_NODES}", f"--mpi={mpi}")
+    done = subprocess.run(
+        ["srun", *sizes, sys.executable, "-c", DISCOVER],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
+    assert sorted(done.stdout.splitlines()) == ["srun 0 2", "srun 1 2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mpirun_in_a_job_wins_over_the_step_of_its_daemons(room: Path, kind: str) -> None:
+    """The processes are on two nodes, so their meeting point is not the loopback address."""
+    mpirun = find_mpirun(kind)
+    if isinstance(mpirun, str):
+        pytest.skip(mpirun)
+    (room / "meet.py").write_text(MEET)
+    options = " ".join(OPTIONS[kind]).replace("--oversubscribe", "")
+    command = f"{mpirun.command} {options} -n {NUM_NODES} {sys.executable} meet.py"
+    (room / "meet.sh").write_text(f"#!/bin/bash\n{command}\n")
+    sizes = (f"--nodes={NUM_NODES}", f"--ntasks={NUM_NODES}")
+    log = room / f"meet.{kind}.log"
+    done = subprocess.run(
+        ["sbatch", "--wait", f"--output={log}", *sizes, "meet.sh"],
+        cwd=room,
+        stdout=subprocess.DEVNULL,
+        check=False,
+        env={**environment(), **mpirun.environment()},
+        timeout=PATIENCE_SECONDS,
+    )
+    assert done.returncode == 0, log.read_text()
+    told = [line for line in log.read_text().splitlines() if line.startswith("mpirun ")]
+    assert sorted(told) == ["mpirun 0 2", "mpirun 1 2"]

@@ -1,14 +1,21 @@
 """Hugging Face directories on disk: what is read, written, refused and left behind."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nested_reft_mcore.checkpoints.staging import (
+    check_output_is_free,
+    check_room,
+    staged_directory,
+)
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.hf.directory_writer import HfDirectoryWriter, plan_shards
+from nested_reft_mcore.hf.directory_writer import ShardWriter, plan_shards, write_json
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
 from nested_reft_mcore.hf.tokenizer_files import (
     SpecialTokens,
@@ -21,11 +28,17 @@ SHAPES = {"one": (4, 3), "two": (2,)}
 TENSORS = {"one": torch.arange(12.0).reshape(4, 3), "two": torch.tensor([5.0, 6.0])}
 
 
-def write(directory: Path, **options) -> None:
-    with HfDirectoryWriter(directory, SHAPES, torch.float32, **options) as writer:
-        for name, tensor in TENSORS.items():
-            writer.add(name, tensor)
-        writer.write_json("config.json", {"model_type": "llama"})
+def write(output: Path, max_shard_bytes: int = 10**9, fail: bool = False) -> None:
+    plan = plan_shards(SHAPES, torch.float32, max_shard_bytes)
+    with staged_directory(output) as directory:
+        with ShardWriter(directory, plan) as writer:
+            writer.add("one", TENSORS["one"][:3])
+            writer.add("one", TENSORS["one"][3:])
+            if fail:
+                raise RuntimeError("power cut")
+            writer.add("two", TENSORS["two"])
+        write_json(directory / "config.json", {"model_type": "llama"})
+        plan.finish(directory)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [50, 10**6])
@@ -76,50 +89,110 @@ def test_a_file_may_be_read_by_whoever_reads_its_directory(tmp_path):
 
 def test_shards_are_filled_in_order_and_a_large_tensor_stands_alone():
     shapes = {"a": (2,), "b": (100,), "c": (1,), "d": (1,)}
-    assert plan_shards(shapes, torch.float32, 16) == {
-        "model-00001-of-00003.safetensors": ["a"],
-        "model-00002-of-00003.safetensors": ["b"],
-        "model-00003-of-00003.safetensors": ["c", "d"],
+    assert plan_shards(shapes, torch.float32, 16).files == {
+        "model-00001-of-00003.safetensors": {"a": (2,)},
+        "model-00002-of-00003.safetensors": {"b": (100,)},
+        "model-00003-of-00003.safetensors": {"c": (1,), "d": (1,)},
     }
-    assert list(plan_shards(shapes, torch.bfloat16, 10**6)) == ["model.safetensors"]
+    assert list(plan_shards(shapes, torch.bfloat16, 10**6).files) == ["model.safetensors"]
+    with pytest.raises(ValueError, match="max_shard_bytes"):
+        plan_shards(shapes, torch.float32, 0)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
-    def write_one_and(fail: bool) -> None:
-        with HfDirectoryWriter(
-            tmp_path / "model", SHAPES, torch.float32, max_shard_bytes=50
-        ) as writer:
-            writer.add("one", TENSORS["one"])
-            if fail:
-                raise RuntimeError("power cut")
+def test_every_writer_gets_files_of_its_own():
+    shapes = {str(number): (10,) for number in range(12)}
+    plan = plan_shards(shapes, torch.float32, num_writers=3)
+    shares = [plan.files_of(rank, 3) for rank in range(3)]
+    assert [sum(len(plan.files[file]) for file in share) for share in shares] == [4, 4, 4]
+    assert sorted(file for share in shares for file in share) == sorted(plan.files)
 
+
+def test_tensors_out_of_turn_are_an_error(tmp_path):
+    plan = plan_shards(SHAPES, torch.float32)
+    for name, values in (("two", TENSORS["two"]), ("one", torch.zeros(13))):
+        with (
+            pytest.raises(ValueError, match="expected up to 12 values of one"),
+            ShardWriter(tmp_path, plan) as writer,
+        ):
+            writer.add(name, values)
+    with (
+        pytest.raises(ValueError, match="never added: one"),
+        ShardWriter(tmp_path, plan) as writer,
+    ):
+        writer.add("one", TENSORS["one"][:2])
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"never written: model\.safetensors"):
+        plan.finish(tmp_path)
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_failed_write_leaves_what_was_there(tmp_path, was_there):
+    if was_there:
+        write(tmp_path / "model")
+        (tmp_path / "model/model.safetensors").write_bytes(b"old")
     with pytest.raises(RuntimeError, match="power cut"):
-        write_one_and(fail=True)
-    with pytest.raises(ValueError, match="never added: two"):
-        write_one_and(fail=False)
-    assert not list(tmp_path.iterdir())
+        write(tmp_path / "model", fail=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] * was_there
+    if was_there:
+        assert (tmp_path / "model/model.safetensors").read_bytes() == b"old"
+        write(tmp_path / "model")
+        assert torch.equal(load_file(tmp_path / "model/model.safetensors")["two"], TENSORS["two"])
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_only_a_hugging_face_directory_is_replaced_and_only_by_force(tmp_path):
-    target = tmp_path / "model"
-    target.mkdir()
-    write(target)
-    (target / "stale.txt").write_text("old")
+def test_only_a_directory_of_its_kind_is_replaced_and_only_by_force(tmp_path):
+    def check(output: Path, force: bool) -> None:
+        check_output_is_free(output, marker="config.json", kind="models", force=force)
+
+    check(tmp_path / "absent", force=False)
+    (tmp_path / "model").mkdir()
+    check(tmp_path / "model", force=False)
+    write(tmp_path / "model")
     with pytest.raises(UserError, match=r"not empty.*--force"):
-        write(target)
-    assert (target / "stale.txt").exists()
-    write(target, force=True)
-    assert not (target / "stale.txt").exists()
-    assert torch.equal(load_file(target / "model.safetensors")["one"], TENSORS["one"])
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        check(tmp_path / "model", force=False)
+    check(tmp_path / "model", force=True)
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"no config\.json"):
-        write(home, force=True)
-    assert (home / "thesis.tex").exists()
+    with pytest.raises(UserError, match=r"replaces models only.*no config\.json"):
+        check(home, force=True)
     with pytest.raises(UserError, match="found a file"):
-        write(home / "thesis.tex", force=True)
+        check(home / "thesis.tex", force=True)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path):
+    check_room(tmp_path / "deep" / "model", 10)
+    with pytest.raises(UserError, match=r"deep/model: needs 1000000\.\d\d GB, but .* GB free"):
+        check_room(tmp_path / "deep" / "model", 10**15)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_without_permission_is_refused():
+    """Root may write anywhere, so it becomes nobody for a moment."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as room:
+        Path(room).chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(UserError, match=f"no permission to write to {room}"):
+                check_room(Path(room) / "model", 10)
+            with (
+                pytest.raises(UserError, match="cannot be written: Permission denied"),
+                staged_directory(Path(room) / "model"),
+            ):
+                pass
+        finally:
+            os.seteuid(user)
+
+
+@pytest.mark.parametrize("output", ["/proc/model", "/dev/null/model"])
+def test_where_nothing_can_be_written_the_place_is_named(output):
+    with (
+        pytest.raises(UserError, match=f"{output}: cannot be written"),
+        staged_directory(Path(output)),
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,15 @@
 """Each launcher's environment is read right, and nothing else is taken for a launch."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.context import RankInfo
+from nested_reft_mcore.launch.mpi import common_code
+from nested_reft_mcore.launch.mpi_library import library_name
 from nested_reft_mcore.launch.ranks import discover_ranks, expand_nodelist
 
 TORCHRUN = {
@@ -27,6 +33,28 @@ STEP = {
     "SLURM_STEP_NODELIST": "node[01-02]",
     "SLURM_JOB_NODELIST": "node[01-08]",
 }
+# As in a process of `mpirun -n 4` of Open MPI (4.1 and 5.0 alike), four to a node.
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "OMPI_COMM_WORLD_NODE_RANK": "3",
+    "OMPI_UNIVERSE_SIZE": "4",
+    "PMIX_RANK": "3",
+    "PMIX_NAMESPACE": "2073624577",
+}
+# The same of MPICH (4.0 and 5.0 alike) and Intel MPI.
+HYDRA = {
+    "PMI_RANK": "3",
+    "PMI_SIZE": "4",
+    "PMI_FD": "6",
+    "MPI_LOCALRANKID": "1",
+    "MPI_LOCALNRANKS": "2",
+}
+# What `srun --mpi=pmi2` and `srun --mpi=pmix` add to a step.
+PMI2 = {"PMI_RANK": "2", "PMI_SIZE": "3", "PMI_FD": "11", "SLURM_MPI_TYPE": "pmi2"}
+PMIX = {"PMIX_RANK": "2", "PMIX_NAMESPACE": "slurm.pmix.4242.0", "SLURM_MPI_TYPE": "pmix"}
 
 
 def without(env, *names):
@@ -126,6 +154,63 @@ def test_a_batch_script_or_allocation_is_bare(env):
     assert discover_ranks(env) is None
 
 
+@pytest.mark.parametrize(
+    ("env", "local"), [(OPEN_MPI, (3, 4)), (HYDRA, (1, 2))], ids=["Open MPI", "hydra"]
+)
+def test_mpirun(env, local):
+    assert discover_ranks(env) == RankInfo(3, 4, *local, "", 0, "mpirun")
+
+
+@pytest.mark.parametrize("env", [OPEN_MPI, HYDRA], ids=["Open MPI", "hydra"])
+def test_mpirun_in_a_job_wins_over_the_step_of_its_daemon(env):
+    """The daemon is the only task on its node, and its processes inherit its numbers."""
+    found = discover_ranks(STEP | {"WORLD_SIZE": "7"} | env)
+    assert found is not None
+    assert (found.launcher, found.rank, found.world_size) == ("mpirun", 3, 4)
+
+
+@pytest.mark.parametrize("more", [PMI2, PMIX], ids=["pmi2", "pmix"])
+def test_srun_with_mpi_support_is_srun(more):
+    found = discover_ranks(STEP | more)
+    assert found is not None
+    assert (found.launcher, found.rank, found.world_size) == ("srun", 2, 3)
+
+
+@pytest.mark.parametrize("env", [OPEN_MPI, HYDRA], ids=["Open MPI", "hydra"])
+@pytest.mark.parametrize("marker", [{}, {"NESTED_REFT_LAUNCHER": "local"}])
+def test_torchrun_and_our_own_start_win_over_mpirun(env, marker):
+    found = discover_ranks(env | TORCHRUN | marker)
+    assert found is not None
+    assert (found.launcher, found.rank) == ("local" if marker else "torchrun", 5)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        dict.fromkeys(OPEN_MPI, "0") | {f"OMPI_COMM_WORLD{s}_SIZE": "1" for s in ("", "_LOCAL")},
+        {"PMI_RANK": "0", "PMI_SIZE": "1", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"},
+    ],
+    ids=["Open MPI", "hydra"],
+)
+def test_one_process_of_mpirun_is_bare(env):
+    assert discover_ranks(env) is None
+    # Also inside a job, where the daemon's step would otherwise count.
+    assert discover_ranks(STEP | env) is None
+
+
+@pytest.mark.parametrize(
+    ("env", "part"),
+    [
+        (without(OPEN_MPI, "OMPI_COMM_WORLD_SIZE"), "OMPI_COMM_WORLD_SIZE is missing"),
+        (without(HYDRA, "PMI_SIZE"), "PMI_SIZE is missing"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "4"}, "OMPI_COMM_WORLD_RANK=4 is not below"),
+        (HYDRA | {"MPI_LOCALRANKID": "x"}, "MPI_LOCALRANKID='x'"),
+    ],
+)
+def test_impossible_mpirun(env, part):
+    assert part in refusal(env)
+
+
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_incomplete_torchrun_names_what_is_missing(name):
     assert f"missing: {name};" in refusal(without(TORCHRUN, name))
@@ -203,3 +288,43 @@ def test_node_lists(nodelist, hosts):
 def test_broken_node_lists(nodelist):
     with pytest.raises(UserError, match="node list"):
         expand_nodelist(nodelist)
+
+
+@pytest.mark.parametrize(
+    ("codes", "common"),
+    [
+        ([0, 0], 0),
+        ([75, 75, 75], 75),
+        ([1, 1], 1),
+        ([0, 3], 3),
+        ([75, 5, 0], 5),
+        ([75, 0], 1),
+    ],
+)
+def test_one_code_for_all_of_an_mpirun(codes, common):
+    assert common_code(codes) == common
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("Open MPI v4.1.4, package: Debian OpenMPI, ident: 4.1.4", "Open MPI v4.1.4"),
+        ("MPICH Version:      5.0.2\nMPICH Release date: Fri", "MPICH 5.0.2"),
+        (
+            "Intel(R) MPI Library 2021.11 for Linux* OS\n",
+            "Intel(R) MPI Library 2021.11 for Linux* OS",
+        ),
+        (" ", "an MPI without a name"),
+    ],
+)
+def test_names_of_mpi_libraries(version, name):
+    assert library_name(version) == name
+
+
+def test_discovery_needs_neither_torch_nor_mpi4py():
+    code = (
+        "import os, sys; from nested_reft_mcore.launch.ranks import discover_ranks; "
+        "assert discover_ranks(os.environ).launcher == 'mpirun'; "
+        "assert not {'torch', 'mpi4py'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **OPEN_MPI})
