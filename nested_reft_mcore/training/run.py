@@ -117,6 +117,7 @@ class Run:
         self._stop = stop
         self._command = command
         self._num_steps = num_steps
+        self._check_origin()
         self.policy = load_policy(config.model, config.parallel, context, config.seed)
         self.tokenizer = load_policy_tokenizer(
             config.model, config.data.tokenizer_path, self.policy.architecture
@@ -293,6 +294,15 @@ class Run:
     def _write_requeue(self) -> None:
         self._requeue_file.write_text(f"step {self.checkpoints.newest or 0}\n", encoding="utf-8")
 
+    def _check_origin(self) -> None:
+        """Refuse weights from among the run's own checkpoints, which come and go."""
+        origin, own = self.config.model.checkpoint, (self.directory / "checkpoints").resolve()
+        if origin is not None and own in (Path(origin).resolve(), *Path(origin).resolve().parents):
+            raise UserError(
+                f"model.checkpoint: {origin} is among the checkpoints of run_dir={self.directory} "
+                "itself; choose another run_dir"
+            )
+
     def _leave_unsaved(self) -> None:
         """The last thing before the deadline of a stop: the newest checkpoint stands."""
         if not self.context.is_main:
@@ -316,8 +326,7 @@ class Run:
         if state.get("command") != self._command:
             raise UserError(
                 f"{checkpoint}: was saved by `{state.get('command')}`, this is `{self._command}`; "
-                "give the two run_dirs of their own, or start from its weights with "
-                "model.checkpoint and checkpoint.resume=never"
+                "give the two run_dirs of their own; model.checkpoint starts from its weights"
             )
         self.state = RunState(**{name: state[name] for name in vars(RunState())})
         metrics = self.directory / METRICS_FILE
