@@ -11,6 +11,8 @@ import json
 import re
 import resource
 import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,22 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_every_moment_of_death(room: Path) -> None:
+@pytest.fixture(scope="module")
+def drills(room: Path) -> Iterator[dict[str, Future[None]]]:
+    """Two long chains of starts, side by side: the first one needs a single core."""
+    with ThreadPoolExecutor() as pool:
+        yield {chain.__name__: pool.submit(chain, room) for chain in (die_everywhere, stop_stages)}
+
+
+def test_every_moment_of_death(drills: dict[str, Future[None]]) -> None:
+    drills["die_everywhere"].result()
+
+
+def test_stops_of_two_stages(drills: dict[str, Future[None]]) -> None:
+    drills["stop_stages"].result()
+
+
+def die_everywhere(room: Path) -> None:
     """One process that waits for its saves: every start's place to go on from is known."""
     run_dir = room / "killed"
     options = ("checkpoint.interval=1", "checkpoint.keep_every=4", "checkpoint.async_save=false")
@@ -123,10 +140,10 @@ def test_every_moment_of_death(room: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_two_stages_that_save_in_the_background(room: Path) -> None:
-    """Killed and stopped: while generating and evaluating, on either process."""
+def stop_stages(room: Path) -> None:
+    """Saves in the background; told to stop while generating and evaluating, on either process."""
     run_dir = room / "stages"
-    command = train("stages", *WHOLE, PIPELINE, "checkpoint.interval=2")
+    command = train("stages", *WHOLE, PIPELINE, "checkpoint.interval=3")
     die(room, command, "mid-evaluation@0:1:SIGTERM", 75)
     assert names(run_dir) == ["latest", "step_00000000"]
     assert (run_dir / "requeue").read_text() == "step 0\n"
@@ -139,6 +156,11 @@ def test_two_stages_that_save_in_the_background(room: Path) -> None:
     # The step is done, its evaluation is not, and its metrics wait for it.
     assert resumed_at(die(room, command, "mid-evaluation@4:0:SIGTERM", 75)) == 3
     assert [line["step"] for line in metrics_of(run_dir) if "actor/lr" in line] == [1, 2, 3]
+    # Evaluated and recorded, but not in a checkpoint: the next start does both again.
+    process = start(room, *command, NESTED_REFT_FAULT="before-manifest@6")
+    code, _, err = finish(process)
+    assert code not in (0, 75), err
+    assert metrics_of(run_dir)[-1]["step"] >= 5
     code, _, err = finish(start(room, *command))
     assert code == 0, err
     assert resumed_at(err) == 4

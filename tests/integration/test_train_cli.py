@@ -283,7 +283,7 @@ def test_users_mistakes_that_only_the_run_can_find(room: Path) -> None:
     cases = (
         (train("refused", PIPELINE, "data.train_path=empty.jsonl"), "empty.jsonl: the data set is"),
         (train("refused", "data.train_path=torn.jsonl"), "torn.jsonl:2: not JSON: found"),
-        (train("sft"), "sft/checkpoints: was saved by `sft`, this is `train`"),
+        (train("sft"), "sft/checkpoints/step_00000080: was saved by `sft`, this is `train`"),
         (train("refused", "checkpoint.resume=gone"), "gone: does not exist"),
     )
     processes = [start(room, *arguments) for arguments, _ in cases]
