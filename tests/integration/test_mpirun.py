@@ -91,8 +91,7 @@ def child():
     dist.destroy_process_group()
     return 0
 
-modes = {"stop": stop, "differ": differ, "die": die, "refuse": refuse, "alone": alone, "child": child, "meet": meet}
-leave(modes[mode])
+leave(globals()[mode])
 """
 
 
