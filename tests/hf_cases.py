@@ -16,15 +16,19 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.inference import HfToMcoreOptions, McoreToHfOptions
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
 from nested_reft_mcore.hf.config import read_architecture
 from nested_reft_mcore.hf.families import FAMILIES
+from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
 from nested_reft_mcore.launch.context import RankInfo
+from nested_reft_mcore.mcore.checkpoint import load_weights, save_weights
 from nested_reft_mcore.mcore.hf_weights import export_hf_weights, load_hf_weights
 from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
 from nested_reft_mcore.mcore.model import Policy, build_policy
 from nested_reft_mcore.mcore.pipeline import forward_logprobs
 from nested_reft_mcore.rollout.batch import TrainingBatch
+from nested_reft_mcore.training.conversion import hf_to_mcore, mcore_to_hf
 
 VOCAB_SIZE = 41
 NUM_LAYERS = 4
@@ -61,6 +65,13 @@ class HfCase:
 CASES = (
     *(HfCase(family, untied) for family in FAMILIES for untied in (False, True)),
     *(HfCase("llama", untied, scaled_rope=True) for untied in (False, True)),
+)
+
+# One of each kind of attention, tied and untied.
+CHECKPOINT_CASES = (
+    HfCase("llama", untied=True, scaled_rope=True),
+    HfCase("qwen2", untied=False),
+    HfCase("qwen3", untied=True),
 )
 
 
@@ -178,13 +189,54 @@ def load_score_export(
                 for chunk in policy.chunks:
                     for parameter in chunk.parameters():
                         parameter.fill_(float("nan"))
-            load_hf_weights(policy, hf_dir)
+            read = load_and_count(policy, hf_dir)
+            assert 0 < read <= sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
             scores[f"{layout}/{case}"] = pipelined_scores(policy, case)
             export_hf_weights(policy, target / layout / str(case))
             assert (target / layout / str(case) / "config.json").exists()
             # Rank 0 finds it; nobody may be left waiting for the others.
             with pytest.raises(UserError, match="not empty"):
                 export_hf_weights(policy, target / layout / str(case))
+            if case in CHECKPOINT_CASES:
+                pass_through_checkpoints(policy, parallel, hf_dir, target / layout, str(case))
         parallel_state.destroy_model_parallel()
     shutdown()
     return scores
+
+
+def load_and_count(policy: Policy, hf_dir: Path) -> int:
+    """Load, and say how many values this process has read: its own slices and no others."""
+    counts = [0]
+    read = SafetensorsReader.read
+
+    def counting(self: SafetensorsReader, *arguments: Any) -> Tensor:
+        values = read(self, *arguments)
+        counts[0] += values.numel()
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafetensorsReader, "read", counting)
+        load_hf_weights(policy, hf_dir)
+    return counts[0]
+
+
+def pass_through_checkpoints(
+    policy: Policy, parallel: ParallelConfig, hf_dir: Path, target: Path, name: str
+) -> None:
+    """To Hugging Face by way of a converted checkpoint, and of one that Megatron has written."""
+    loaded = [parameter.clone() for chunk in policy.chunks for parameter in chunk.parameters()]
+    converted, saved = target / f"{name}.converted", target / f"{name}.saved"
+    options = HfToMcoreOptions(hf=str(hf_dir), output=str(converted), parallel=parallel)
+    assert hf_to_mcore(options, policy.context) == 0
+    save_weights(policy, saved)
+    for checkpoint in (converted, saved):
+        with torch.no_grad():
+            for chunk in policy.chunks:
+                for parameter in chunk.parameters():
+                    parameter.fill_(float("nan"))
+        load_weights(policy, checkpoint)
+        found = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+        assert all(torch.equal(one, other) for one, other in zip(found, loaded, strict=True))
+        output = checkpoint.with_name(f"{checkpoint.name}.hf")
+        back = McoreToHfOptions(checkpoint=str(checkpoint), output=str(output), parallel=parallel)
+        assert mcore_to_hf(back, policy.context) == 0

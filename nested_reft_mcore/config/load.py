@@ -25,6 +25,9 @@ from nested_reft_mcore.config.yaml_reader import parse_value, read_yaml, write_y
 
 SectionType = TypeVar("SectionType", bound=Section)
 
+CONFIG_FILE = "config.yaml"
+"""The resolved configuration of a run, in its directory and in its checkpoints."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, apply `section.field=value` overrides, and check the result.

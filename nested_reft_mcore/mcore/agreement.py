@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from nested_reft_mcore.checkpoints.staging import staged_directory
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.context import ParallelContext
 
@@ -69,6 +72,42 @@ def on_all(action: Callable[[], Any], context: ParallelContext) -> list[Any]:
     if problems:
         raise UserError("\n".join(problems))
     return [result for result, _ in outcomes]
+
+
+def write_together(
+    output: Path,
+    context: ParallelContext,
+    *,
+    check: Callable[[], None],
+    write: Callable[[Path], Any],
+    finish: Callable[[Path, list[Any]], None],
+) -> None:
+    """Write one directory with all processes; it takes its name when everything is in it.
+
+    Args:
+        output: The directory's name.
+        context: Every process calls this.
+        check: Asked by the first process before anything is written.
+        write: Called by every process with the directory; what it returns is small and picklable.
+        finish: Called by the first process with the directory and what all have returned.
+
+    Raises:
+        UserError: on every process, whoever found it; nothing is left then.
+    """
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            check()
+            return stack.enter_context(staged_directory(output))
+
+        directory: Path = on_main(begin, context)
+        results = on_all(lambda: write(directory), context)
+
+        def end() -> None:
+            finish(directory, results)
+            stack.close()
+
+        on_main(end, context)
 
 
 def _portable(error: Exception) -> Exception:

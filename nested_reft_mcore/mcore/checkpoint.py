@@ -13,7 +13,10 @@ from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from nested_reft_mcore.checkpoints.manifest import Level, verify
 from nested_reft_mcore.checkpoints.publish import partial_directory
@@ -26,10 +29,12 @@ from nested_reft_mcore.config.checkpoint_layout import (
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.agreement import gather_all, on_main
-from nested_reft_mcore.mcore.checkpoint_safety import check_pickles
+from nested_reft_mcore.mcore.checkpoint_safety import read_index
 from nested_reft_mcore.mcore.checkpoint_writer import CheckpointWriter
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
+
+_EXTRA_STATE = "._extra_state"
 
 
 def begin_checkpoint(
@@ -160,8 +165,10 @@ def _load(policy: Policy, optimizer: PolicyOptimizer | None, directory: Path) ->
         found = ", ".join(f"{key}={shapes[0][key]}" for key in differing)
         wanted = ", ".join(f"{key}={shapes[1][key]}" for key in differing)
         raise UserError(f"{directory}: holds a model with {found}; this run's has {wanted}")
-    check_pickles(directory)
+    index = read_index(directory)
     requested = _sharded_state(policy, optimizer, is_loading=True)
+    for name in _chunk_names(policy):
+        requested[name] = _without_absent_scales(requested[name], index)
     try:
         with _weights_only_loading():
             loaded: Any = dist_checkpointing.load(requested, str(directory))
@@ -169,10 +176,28 @@ def _load(policy: Policy, optimizer: PolicyOptimizer | None, directory: Path) ->
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{directory}: cannot be loaded: {reason}") from error
     for name, chunk in zip(_chunk_names(policy), policy.chunks, strict=True):
-        chunk.load_state_dict(loaded[name])
+        lacking, foreign = chunk.load_state_dict(loaded[name], strict=False)
+        lacking = [key for key in lacking if not key.endswith(_EXTRA_STATE)]
+        if lacking or foreign:
+            raise RuntimeError(f"{directory}: not loaded: {lacking}; not asked for: {foreign}")
     if optimizer is not None:
         optimizer.load_state(loaded["optimizer"])
         optimizer.scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _without_absent_scales(requested: dict[str, Any], index: Metadata) -> dict[str, Any]:
+    """What is asked for, but for float8 scales that the checkpoint lacks.
+
+    Each layer spec keeps them beside modules of its own, and so does each version of Transformer
+    Engine; a fresh scale is as good.
+    """
+
+    def is_absent(value: Any) -> bool:
+        is_scale = isinstance(value, ShardedObject) and value.key.endswith(_EXTRA_STATE)
+        return is_scale and value.unique_key not in index.state_dict_metadata
+
+    _, kept = extract_matching_values(requested, is_absent)
+    return kept  # pyright: ignore[reportReturnType]
 
 
 def _sharded_state(

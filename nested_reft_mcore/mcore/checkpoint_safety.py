@@ -46,20 +46,11 @@ _RECORDS = {
 }
 
 
-def check_pickles(directory: Path) -> None:
-    """Refuse a checkpoint whose index would import anything but the classes of an index.
-
-    torch reads `.metadata` with an unpickler that cannot be told to read data only; so the same
-    bytes go through one that can, first. All other files are read with `weights_only`.
-
-    Raises:
-        UserError: the index is missing or broken, or it asks for something foreign.
-    """
-    read_index(directory)
-
-
 def read_index(directory: Path) -> Metadata:
     """The index of a checkpoint, read by an unpickler that builds nothing else.
+
+    torch reads `.metadata` with one that cannot be told to read data only; so whoever lets torch
+    load a checkpoint reads its index with this first. All other files are read with `weights_only`.
 
     Raises:
         UserError: the index is missing or broken, or it asks for something foreign.

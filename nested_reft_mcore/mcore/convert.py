@@ -147,7 +147,6 @@ def write_hf_files(
     reader: PieceReader,
     mapping: WeightMap,
     architecture: ModelArchitecture,
-    *,
     progress: Progress,
 ) -> None:
     """Write these files of a Hugging Face directory from a checkpoint."""

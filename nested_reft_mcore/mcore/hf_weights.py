@@ -7,7 +7,6 @@ time over the tensor-parallel ranks of its stage, sends it to rank 0, and rank 0
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from nested_reft_mcore.checkpoints.staging import (
     check_output_is_free,
     check_room,
-    staged_directory,
 )
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.errors import UserError
@@ -40,7 +38,7 @@ from nested_reft_mcore.hf.tokenizer_files import (
 )
 from nested_reft_mcore.hf.transforms import from_mcore, hf_part, pad_rows, to_mcore, tp_join
 from nested_reft_mcore.hf.weight_map import MapEntry, WeightKind, WeightMap
-from nested_reft_mcore.mcore.agreement import on_main
+from nested_reft_mcore.mcore.agreement import write_together
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.weights import named_parameters
 
@@ -91,26 +89,26 @@ def export_hf_weights(
     policy.sync_parameters()
     context = policy.context
     plan = plan_shards(mapping.hf_shapes, policy.transformer_config.params_dtype, max_shard_bytes)
-    with ExitStack() as stack:
 
-        def begin() -> Path:
-            check_output_is_free(
-                output_dir, marker="config.json", kind="Hugging Face directories", force=force
-            )
-            check_room(output_dir, plan.num_bytes)
-            directory = stack.enter_context(staged_directory(output_dir))
+    def check() -> None:
+        check_output_is_free(
+            output_dir, marker="config.json", kind="Hugging Face directories", force=force
+        )
+        check_room(output_dir, plan.num_bytes)
+
+    def write(directory: Path) -> None:
+        if context.is_main:
             write_configs(directory, policy.architecture, plan.dtype, tokenizer_source)
-            return directory
-
-        directory = on_main(begin, context)
         if context.data.rank == 0:
             _export_tensors(policy, mapping, directory, plan)
 
-        def end() -> None:
-            plan.finish(directory)
-            stack.close()
-
-        on_main(end, context)
+    write_together(
+        output_dir,
+        context,
+        check=check,
+        write=write,
+        finish=lambda directory, _: plan.finish(directory),
+    )
 
 
 def write_configs(

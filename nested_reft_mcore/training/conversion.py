@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from nested_reft_mcore.checkpoints.publish import sync_tree
 from nested_reft_mcore.checkpoints.staging import (
     check_output_is_free,
     check_room,
-    staged_directory,
 )
 from nested_reft_mcore.config.checkpoint_layout import (
     ARCHITECTURE_FILE,
@@ -36,7 +34,7 @@ from nested_reft_mcore.hf.tokenizer_files import (
 from nested_reft_mcore.hf.weight_map import WeightMap
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.exit_codes import ExitCode
-from nested_reft_mcore.mcore.agreement import on_all, on_main
+from nested_reft_mcore.mcore.agreement import write_together
 from nested_reft_mcore.mcore.checkpoint_pieces import checkpoint_key
 from nested_reft_mcore.mcore.convert import (
     WrittenShare,
@@ -70,22 +68,20 @@ def hf_to_mcore(options: HfToMcoreOptions, context: ParallelContext) -> int:
     tensor_size = options.parallel.tensor_model_parallel_size
     architecture = read_architecture(hf_dir)
     mapping = weight_map(architecture)
-    with SafetensorsReader(hf_dir) as reader, ExitStack() as stack:
+    with SafetensorsReader(hf_dir) as reader:
         check_tensors(reader, mapping, architecture, hf_dir)
         dtype = _written_dtype(options.dtype, {reader.dtype(name) for name in mapping.hf_shapes})
         num_bytes = checkpoint_bytes(mapping, architecture, tensor_size, dtype)
 
-        def begin() -> Path:
+        def check() -> None:
             check_output_is_free(
                 output, marker=ARCHITECTURE_FILE, kind="checkpoints", force=options.force
             )
             check_room(output, num_bytes)
-            return stack.enter_context(staged_directory(output))
 
-        directory = on_main(begin, context)
-        with ByteProgress("convert", num_bytes // context.world_size, context.is_main) as progress:
-            shares = on_all(
-                lambda: write_share(
+        def write(directory: Path) -> WrittenShare:
+            with _progress(num_bytes, context) as progress:
+                return write_share(
                     directory,
                     reader,
                     mapping,
@@ -95,25 +91,16 @@ def hf_to_mcore(options: HfToMcoreOptions, context: ParallelContext) -> int:
                     rank=context.rank,
                     world_size=context.world_size,
                     progress=progress.advance,
-                ),
-                context,
-            )
-        _judge_nonfinite(shares, hf_dir, allowed=options.allow_nonfinite, is_main=context.is_main)
+                )
 
-        def end() -> None:
+        def finish(directory: Path, shares: list[WrittenShare]) -> None:
+            _judge_nonfinite(shares, hf_dir, allowed=options.allow_nonfinite)
             finish_checkpoint(
                 directory, shares, mapping, architecture, dtype=dtype, tensor_size=tensor_size
             )
-            if has_tokenizer(hf_dir):
-                (directory / CHECKPOINT_TOKENIZER_DIRECTORY).mkdir()
-                copy_tokenizer_files(hf_dir, directory / CHECKPOINT_TOKENIZER_DIRECTORY)
-            hashed = [entry for share in shares for entry in share.files]
-            rest = set(file_names(directory)) - {entry.name for entry in hashed}
-            sync_tree(directory)
-            write_manifest(directory, [*hashed, *hash_files(directory, sorted(rest))])
-            stack.close()
+            _add_tokenizer_and_manifest(directory, hf_dir, shares)
 
-        on_main(end, context)
+        write_together(output, context, check=check, write=write, finish=finish)
     if context.is_main:
         print(f"{output}: checkpoint of {hf_dir}, {_in_words(mapping, dtype)}", flush=True)
     if not options.verify:
@@ -138,7 +125,7 @@ def mcore_to_hf(options: McoreToHfOptions, context: ParallelContext) -> int:
     check_exportable(architecture)
     mapping = weight_map(architecture)
     tokenizer = _tokenizer_of(options, checkpoint)
-    with PieceReader(checkpoint) as reader, ExitStack() as stack:
+    with PieceReader(checkpoint) as reader:
         check_checkpoint(reader, mapping, architecture)
         found = {reader.dtypes[checkpoint_key(entry)] for entry in mapping.entries}
         dtype = _written_dtype(options.dtype, found)
@@ -146,37 +133,28 @@ def mcore_to_hf(options: McoreToHfOptions, context: ParallelContext) -> int:
             mapping.hf_shapes, dtype, options.max_shard_bytes, num_writers=context.world_size
         )
 
-        def begin() -> Path:
+        def check() -> None:
             check_output_is_free(
                 output, marker="config.json", kind="Hugging Face directories", force=options.force
             )
             check_room(output, plan.num_bytes)
-            directory = stack.enter_context(staged_directory(output))
-            write_configs(directory, architecture, dtype, tokenizer)
-            return directory
 
-        directory = on_main(begin, context)
-        files = plan.files_of(context.rank, context.world_size)
-        share = plan.num_bytes // context.world_size
-        with ByteProgress("convert", share, context.is_main) as progress:
-            on_all(
-                lambda: write_hf_files(
-                    directory,
-                    files,
-                    plan,
-                    reader,
-                    mapping,
-                    architecture,
-                    progress=progress.advance,
-                ),
-                context,
-            )
+        def write(directory: Path) -> None:
+            if context.is_main:
+                write_configs(directory, architecture, dtype, tokenizer)
+            files = plan.files_of(context.rank, context.world_size)
+            with _progress(plan.num_bytes, context) as progress:
+                write_hf_files(
+                    directory, files, plan, reader, mapping, architecture, progress.advance
+                )
 
-        def end() -> None:
-            plan.finish(directory)
-            stack.close()
-
-        on_main(end, context)
+        write_together(
+            output,
+            context,
+            check=check,
+            write=write,
+            finish=lambda directory, _: plan.finish(directory),
+        )
     if context.is_main:
         with_tokenizer = "with" if tokenizer is not None else "without"
         print(
@@ -191,6 +169,11 @@ def mcore_to_hf(options: McoreToHfOptions, context: ParallelContext) -> int:
     )
 
 
+def _progress(num_bytes: int, context: ParallelContext) -> ByteProgress:
+    """Shown by the first process, of its own share: the others' are as large."""
+    return ByteProgress("convert", num_bytes // context.world_size, context.is_main)
+
+
 def _written_dtype(asked: str, found: set[torch.dtype]) -> torch.dtype:
     """What is asked for; else bfloat16 where all of it is, and float32, which holds any other."""
     if asked == "auto":
@@ -198,17 +181,24 @@ def _written_dtype(asked: str, found: set[torch.dtype]) -> torch.dtype:
     return torch.bfloat16 if asked == "bfloat16" else torch.float32
 
 
-def _judge_nonfinite(
-    shares: list[WrittenShare], hf_dir: Path, *, allowed: bool, is_main: bool
-) -> None:
+def _judge_nonfinite(shares: list[WrittenShare], hf_dir: Path, *, allowed: bool) -> None:
     names = sorted({name for share in shares for name in share.nonfinite})
     if not names:
         return
     message = f"{hf_dir}: NaN or infinity in {some('', names).rstrip('; ')}"
     if not allowed:
         raise UserError(f"{message}; write them all the same with --allow-nonfinite")
-    if is_main:
-        _log.warning("%s", message)
+    _log.warning("%s", message)
+
+
+def _add_tokenizer_and_manifest(directory: Path, hf_dir: Path, shares: list[WrittenShare]) -> None:
+    if has_tokenizer(hf_dir):
+        (directory / CHECKPOINT_TOKENIZER_DIRECTORY).mkdir()
+        copy_tokenizer_files(hf_dir, directory / CHECKPOINT_TOKENIZER_DIRECTORY)
+    hashed = [entry for share in shares for entry in share.files]
+    rest = set(file_names(directory)) - {entry.name for entry in hashed}
+    sync_tree(directory)
+    write_manifest(directory, [*hashed, *hash_files(directory, sorted(rest))])
 
 
 def _tokenizer_of(options: McoreToHfOptions, checkpoint: Path) -> Path | None:

@@ -15,15 +15,16 @@ from rich.table import Table
 
 from nested_reft_mcore.checkpoints.manifest import read_manifest, verify
 from nested_reft_mcore.config.checkpoint_layout import (
-    STATE_FILE,
     read_checkpoint_architecture,
     resolve_checkpoint,
 )
 from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.load import CONFIG_FILE, load_config
 from nested_reft_mcore.hf.config import read_architecture, read_json_object
 from nested_reft_mcore.hf.families import weight_map
 from nested_reft_mcore.hf.safetensors_reader import INDEX_FILE, SINGLE_FILE, SafetensorsReader
 from nested_reft_mcore.mcore.piece_reader import PieceReader
+from nested_reft_mcore.observability.environment import ENVIRONMENT_FILE
 
 _OPTIMIZER = "optimizer."
 
@@ -120,14 +121,11 @@ def _inspect_checkpoint(directory: Path, *, checksums: bool) -> Inspection:
             TensorInfo(key, list(shape), _name(reader.dtypes[key]), reader.num_pieces[key])
             for key, shape in reader.shapes.items()
         ]
-    layout: dict[str, Any] = {}
     try:
         manifest = read_manifest(directory)
         step, num_bytes = manifest.step, manifest.num_bytes
     except UserError:
         step, num_bytes = None, None
-    if (directory / STATE_FILE).is_file():
-        layout = read_json_object(directory / STATE_FILE).get("layout", {})
     state = "broken" if problems else "read and right" if checksums else "sizes right, not read"
     if not problems and not checksums:
         state += "; --checksums reads them"
@@ -139,10 +137,24 @@ def _inspect_checkpoint(directory: Path, *, checksums: bool) -> Inspection:
         tensors=sorted(tensors, key=lambda tensor: tensor.name),
         checksums=state,
         step=step,
-        layout=layout,
+        layout=_layout(directory),
         num_bytes=num_bytes,
         problems=problems,
     )
+
+
+def _layout(directory: Path) -> dict[str, Any]:
+    """Parallel sizes and processes of the run that saved it; nothing for a conversion."""
+    if not (directory / CONFIG_FILE).is_file():
+        return {}
+    parallel = load_config(directory / CONFIG_FILE, []).parallel
+    layout = {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline": parallel.virtual_pipeline_model_parallel_size,
+        "processes": read_json_object(directory / ENVIRONMENT_FILE).get("world_size"),
+    }
+    return {name: size for name, size in layout.items() if size is not None}
 
 
 def _inspect_hf(directory: Path) -> Inspection:

@@ -16,7 +16,7 @@ import torch
 
 from nested_reft_mcore.checkpoints.publish import sync_file
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.config.load import dump_config
+from nested_reft_mcore.config.load import CONFIG_FILE, dump_config
 from nested_reft_mcore.config.schema import Config, OptimizerConfig
 from nested_reft_mcore.hf.tokenizer_files import (
     CHECKPOINT_TOKENIZER_DIRECTORY,
@@ -35,7 +35,7 @@ from nested_reft_mcore.launch.signals import StopSignals
 from nested_reft_mcore.mcore.agreement import on_main
 from nested_reft_mcore.mcore.checkpoint import load_checkpoint
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
-from nested_reft_mcore.observability.environment import write_environment
+from nested_reft_mcore.observability.environment import ENVIRONMENT_FILE, write_environment
 from nested_reft_mcore.observability.progress import Progress
 from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.observability.tracking import METRICS_FILE, Tracker
@@ -50,7 +50,7 @@ from nested_reft_mcore.training.saving import RunCheckpoints
 _log = logging.getLogger(__name__)
 
 
-_RUN_FILES = ("config.yaml", "environment.json")
+_RUN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE)
 """What of a run directory also goes into each checkpoint, beside the metrics."""
 
 
@@ -138,7 +138,7 @@ class Run:
             self._resume(checkpoint)
         self.checkpoints.begin(checkpoint, self.state.step)
         if context.is_main:
-            dump_config(config, self.directory / "config.yaml")
+            dump_config(config, self.directory / CONFIG_FILE)
             write_environment(self.directory, context.world_size)
             self._requeue_file.unlink(missing_ok=True)
         recorded = self.state.step if self.state.owed is None else self.state.step - 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hf_cases import (
     CASES,
+    CHECKPOINT_CASES,
     expected_logits,
     expected_logprobs,
     load_score_export,
@@ -57,8 +58,14 @@ def test_every_layout_scores_like_transformers_and_exports_the_same_bits(
     assert len(with_logits) == len(layouts) * len(models)
     for layout in layouts:
         for name in models:
-            expected = read_tensors(source / name)
-            found = read_tensors(target / layout / name)
-            assert found.keys() == expected.keys()
-            for tensor, values in expected.items():
-                assert torch.equal(found[tensor], values), f"{layout} {name} {tensor}"
+            assert_same_tensors(source / name, target / layout / name)
+        for case in CHECKPOINT_CASES:
+            for way in ("converted", "saved"):
+                assert_same_tensors(source / str(case), target / layout / f"{case}.{way}.hf")
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    expected, found = read_tensors(one), read_tensors(other)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(found[name], values), f"{other} {name}"

@@ -58,6 +58,13 @@ def stop():
             note("saved", asked.received.name)
         return world.part(75)
 
+def differ():
+    world, dist = meet()
+    dist.destroy_process_group()
+    code = world.part(5 if rank == 1 else 0)
+    note("code", str(int(code)))
+    return code
+
 def die():
     world, dist = meet()
     if rank == 1:
@@ -84,8 +91,7 @@ def child():
     dist.destroy_process_group()
     return 0
 
-modes = {"stop": stop, "die": die, "refuse": refuse, "alone": alone, "child": child, "meet": meet}
-leave(modes[mode])
+leave(globals()[mode])
 """
 
 
@@ -158,6 +164,14 @@ def test_a_forwarded_signal_stops_all_and_the_code_is_75(mpirun: Mpirun, script:
     assert (script.parent / "saved.0").read_text() == "SIGUSR1"
     for path in met:
         assert path.read_text() == repr(([(0, 0, 2), (1, 1, 2)], "mpirun"))
+
+
+def test_all_leave_with_one_code(any_mpirun: Mpirun, script: Path) -> None:
+    code, _, err = any_mpirun.run(2, str(script), "differ")
+    assert code == 5, err
+    # Who leaves first may end the other before it has noted.
+    noted = {path.read_text() for path in script.parent.glob("code.?")}
+    assert noted == {"5"}
 
 
 def test_one_failure_ends_all(mpirun: Mpirun, script: Path) -> None:

@@ -97,6 +97,18 @@ def test_run_directory_tells_what_was_run(room: Path, whole: Path) -> None:
     assert not (whole / "requeue").exists()
 
 
+def test_inspect_tells_of_a_run(room: Path, whole: Path) -> None:
+    out, _ = run(room, "inspect", "whole/checkpoints", "--checksums", "--json")
+    found = json.loads(out)
+    assert found["step"] == NUM_STEPS
+    assert found["layout"] == {"tensor": 1, "pipeline": 2, "processes": 2}
+    assert found["checksums"] == "read and right"
+    assert any(tensor["name"].startswith("optimizer.") for tensor in found["tensors"])
+    shown, _ = run(room, "inspect", "whole/checkpoints/step_00000006")
+    assert "saved by" in shown
+    assert "optimizer." not in shown.replace("tensors of the optimizer", "")
+
+
 def test_metrics_have_the_names_of_the_vocabulary(whole: Path) -> None:
     lines = metrics_of(whole)
     by_step = {line["step"]: line for line in lines if "critic/rewards/mean" in line}

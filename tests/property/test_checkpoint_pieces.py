@@ -92,9 +92,7 @@ def test_there_and_back_keeps_every_bit(case, world_size, max_piece_bytes, dtype
             check_shards(reader, tensors, architecture, tp_size)
             for rank in range(world_size):
                 files = plan.files_of(rank, world_size)
-                write_hf_files(
-                    room, files, plan, reader, mapping, architecture, progress=done.append
-                )
+                write_hf_files(room, files, plan, reader, mapping, architecture, done.append)
         plan.finish(room)
         found = {}
         for file in plan.files:
