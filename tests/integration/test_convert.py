@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from hf_cases import HfCase, read_tensors, write_model
-from mpi_cases import Mpirun, find_mpirun
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -89,23 +88,6 @@ def test_there_and_back_keeps_every_bit(source: Path, checkpoint: Path, tmp_path
     assert largest_difference(done.stdout) < 1e-4
     # Each process has a file of its own.
     assert len(list(back.glob("*.safetensors"))) >= 3
-    assert_same_model(source, back)
-
-
-@pytest.mark.distributed
-def test_the_same_work_under_mpirun(source: Path, tmp_path: Path):
-    mpirun = find_mpirun("openmpi")
-    if not isinstance(mpirun, Mpirun):
-        pytest.skip(mpirun)
-    output, back = tmp_path / "output", tmp_path / "back"
-    for tool, arguments in (
-        ("convert_hf_to_mcore.py", ("--hf", source, "--output", output)),
-        ("convert_mcore_to_hf.py", ("--checkpoint", output, "--output", back)),
-    ):
-        path = str(REPOSITORY / "tools" / tool)
-        code, _, err = mpirun.run(2, path, *map(str, arguments))
-        assert code == 0, err
-    assert len(list(output.glob("__*_0.distcp"))) == 2
     assert_same_model(source, back)
 
 

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hf_cases import HfCase, write_model
+import torch
+from hf_cases import HfCase, read_tensors, write_model
 from mpi_cases import KINDS, Mpirun, find_mpirun, finish
 from run_cases import REPOSITORY
 
@@ -141,16 +142,23 @@ def wait_for(process: subprocess.Popen[str], *paths: Path) -> None:
         time.sleep(0.02)
 
 
-def test_a_tool_splits_its_work_over_the_ranks(mpirun: Mpirun, tmp_path: Path) -> None:
-    write_model(HfCase("qwen2", untied=False), tmp_path / "hf")
-    tool = str(REPOSITORY / "tools" / "convert_hf_to_mcore.py")
-    target = tmp_path / "checkpoint"
-    options = ("--hf", str(tmp_path / "hf"), "--output", str(target), "--pipeline-parallel", "2")
-    code, out, err = mpirun.run(2, tool, *options, PYTHONWARNINGS="ignore")
-    assert code == 0, err
-    assert out.count(str(target)) == 1
-    writers = {path.name.split("_")[2] for path in target.rglob("__*_*.distcp")}
-    assert writers == {"0", "1"}
+def test_tools_split_their_work_over_the_ranks(mpirun: Mpirun, tmp_path: Path) -> None:
+    """To a checkpoint and back, with the same bits."""
+    source, checkpoint, back = tmp_path / "hf", tmp_path / "checkpoint", tmp_path / "back"
+    write_model(HfCase("qwen2", untied=False), source)
+    for tool, options in (
+        ("convert_hf_to_mcore.py", ("--hf", str(source), "--output", str(checkpoint))),
+        ("convert_mcore_to_hf.py", ("--checkpoint", str(checkpoint), "--output", str(back))),
+    ):
+        path = str(REPOSITORY / "tools" / tool)
+        code, out, err = mpirun.run(2, path, *options, PYTHONWARNINGS="ignore")
+        assert code == 0, err
+        assert out.count(options[-1]) == 1
+    assert {path.name for path in checkpoint.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    assert len(list(back.glob("*.safetensors"))) >= 2
+    expected, found = read_tensors(source), read_tensors(back)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
 def test_a_forwarded_signal_stops_all_and_the_code_is_75(mpirun: Mpirun, script: Path) -> None:
