@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
 from nested_reft_mcore.hf.config import read_architecture
 from nested_reft_mcore.hf.families import FAMILIES
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
-from nested_reft_mcore.launch.context import RankInfo
+from nested_reft_mcore.launch.context import ParallelContext, RankInfo
 from nested_reft_mcore.mcore.checkpoint import load_weights, save_weights
 from nested_reft_mcore.mcore.hf_weights import export_hf_weights, load_hf_weights
 from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
@@ -199,6 +203,7 @@ def load_score_export(
                 export_hf_weights(policy, target / layout / str(case))
             if case in CHECKPOINT_CASES:
                 pass_through_checkpoints(policy, parallel, hf_dir, target / layout, str(case))
+        fail_on_the_last_rank(context, source / str(CASES[0]), target / layout)
         parallel_state.destroy_model_parallel()
     shutdown()
     return scores
@@ -240,3 +245,29 @@ def pass_through_checkpoints(
         output = checkpoint.with_name(f"{checkpoint.name}.hf")
         back = McoreToHfOptions(checkpoint=str(checkpoint), output=str(output), parallel=parallel)
         assert mcore_to_hf(back, policy.context) == 0
+
+
+@contextmanager
+def small_files_only(num_bytes: int) -> Iterator[None]:
+    """This process cannot write larger files for a while."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def fail_on_the_last_rank(context: ParallelContext, hf_dir: Path, target: Path) -> None:
+    """All processes hear of what one of them could not write, and nothing is left."""
+    is_last = context.rank == context.world_size - 1
+    options = HfToMcoreOptions(hf=str(hf_dir), output=str(target / "full"))
+    with (
+        small_files_only(2_000) if is_last else nullcontext(),
+        pytest.raises(UserError, match="full: cannot be written: File too large"),
+    ):
+        hf_to_mcore(options, context)
+    dist.barrier()
+    assert not list(target.glob("*full*"))

@@ -26,6 +26,8 @@ class DurableFile:
         self._sha256 = hashlib.sha256() if checksum else None
         self._sync: Future[None] | None = None
         self._num_bytes = self._sent = 0
+        self.failure: OSError | None = None
+        """What went wrong while writing, for callers behind a library that hides it."""
 
     def __enter__(self) -> DurableFile:
         self._file = self._path.open("wb")
@@ -51,7 +53,11 @@ class DurableFile:
             count = view.nbytes
             if self._sha256 is not None:
                 self._sha256.update(view)
-            self._file.write(view)
+            try:
+                self._file.write(view)
+            except OSError as error:
+                self.failure = error
+                raise
         self._num_bytes += count
         is_idle = self._sync is None or self._sync.done()
         if is_idle and self._num_bytes - self._sent >= _BYTES_BETWEEN_SYNCS:

@@ -78,5 +78,10 @@ def staged_directory(output: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"{output}: cannot be written: {error.strerror}{where}") from error
+        raise unwritable(output, error) from error
+
+
+def unwritable(output: Path, error: OSError) -> UserError:
+    """What to raise where the system refuses to write a directory or a file in it."""
+    where = f" ({error.filename})" if error.filename else ""
+    return UserError(f"{output}: cannot be written: {error.strerror}{where}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nested_reft_mcore.checkpoints.staging import staged_directory
+from nested_reft_mcore.checkpoints.staging import staged_directory, unwritable
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.context import ParallelContext
 
@@ -100,8 +100,14 @@ def write_together(
             check()
             return stack.enter_context(staged_directory(output))
 
+        def write_mine() -> Any:
+            try:
+                return write(directory)
+            except OSError as error:
+                raise unwritable(output, error) from error
+
         directory: Path = on_main(begin, context)
-        results = on_all(lambda: write(directory), context)
+        results = on_all(write_mine, context)
 
         def end() -> None:
             finish(directory, results)

@@ -102,8 +102,14 @@ class PieceWriter:
             file = DurableFile(self._directory / self._name, checksum=True)
             self._file = self._stack.enter_context(file)
         start = self._file.tell()
-        with _without_crc32():
-            torch.save(value, self._file)  # pyright: ignore[reportArgumentType]
+        try:
+            with _without_crc32():
+                torch.save(value, self._file)  # pyright: ignore[reportArgumentType]
+        except RuntimeError:
+            # torch's writer complains of a file that has not grown, and hides why.
+            if self._file.failure is not None:
+                raise self._file.failure from None
+            raise
         length = self._file.tell() - start
         self.pieces.append(StoredPiece(key, offsets, sizes, self._name, start, length))
 

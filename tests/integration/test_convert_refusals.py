@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import HfCase, read_tensors, write_model
+from hf_cases import HfCase, read_tensors, small_files_only, write_model
 from safetensors.torch import load_file, save_file
 
 from nested_reft_mcore.config.errors import UserError
@@ -157,6 +157,14 @@ def test_a_disk_that_is_too_small_is_known_before(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     message = r"output: needs 0\.02 GB, but .* has 0\.02 GB free; free .* or choose another disk"
     assert_refused(source, context, message)
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
+    source: Path, context: ParallelContext
+) -> None:
+    """Files may not grow beyond 20 KB, which is as good as a full disk."""
+    with small_files_only(20_000):
+        assert_refused(source, context, "output: cannot be written: File too large")
 
 
 def test_a_place_where_nothing_can_be_written(original: Path, context: ParallelContext) -> None:
