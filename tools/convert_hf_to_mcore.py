@@ -1,7 +1,10 @@
 """Turn a Hugging Face directory into a checkpoint: `nested-reft convert hf-to-mcore`.
 
-python tools/convert_hf_to_mcore.py --hf DIR --output DIR [--tensor-parallel N]
-    [--pipeline-parallel N] [--dtype float32|bfloat16] [--force]
+python tools/convert_hf_to_mcore.py --hf DIR --output DIR [--verify] [--tolerance X]
+    [--tensor-parallel N] [--pipeline-parallel N] [--dtype auto|float32|bfloat16]
+    [--allow-nonfinite] [--force]
+
+Alone, or sharing the work: `mpirun -n 8 python tools/convert_hf_to_mcore.py ...`, torchrun, srun.
 """
 
 import sys

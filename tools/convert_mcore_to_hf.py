@@ -1,8 +1,10 @@
 """Turn a checkpoint into a Hugging Face directory: `nested-reft convert mcore-to-hf`.
 
-python tools/convert_mcore_to_hf.py --checkpoint DIR --output DIR [--tokenizer PATH]
-    [--max-shard-size MB] [--tensor-parallel N] [--pipeline-parallel N]
-    [--dtype float32|bfloat16] [--force]
+python tools/convert_mcore_to_hf.py --checkpoint DIR --output DIR [--verify] [--tolerance X]
+    [--max-shard-size 5GB] [--tokenizer PATH] [--tensor-parallel N] [--pipeline-parallel N]
+    [--dtype auto|float32|bfloat16] [--force]
+
+Alone, or sharing the work: `mpirun -n 8 python tools/convert_mcore_to_hf.py ...`, torchrun, srun.
 """
 
 import sys

@@ -108,7 +108,7 @@ def train(
 ) -> None:
     """Fine-tune with rewards: nested rollouts, importance correction, full-depth updates.
 
-    Works alone, under torchrun and under srun. Started alone, it starts as many processes on this
+    Works alone, under torchrun, srun and mpirun. Started alone, it starts as many processes on this
     machine as the parallel sizes need. SIGUSR1 or SIGTERM: save, leave with 75; the same command
     goes on from there.
 

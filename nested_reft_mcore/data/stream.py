@@ -56,6 +56,11 @@ class PromptStream:
 
         `prompts_per_step` may differ: the position counts items.
         """
+        if not state:
+            raise UserError(
+                "the checkpoint has no position in the data: its run replayed rollouts "
+                "(rollout.replay); start from its weights with model.checkpoint in a new run_dir"
+            )
         for key, expected in (("num_prompts", self._num_prompts), ("seed", self._seed)):
             if state[key] != expected:
                 raise UserError(

@@ -141,15 +141,7 @@ class Run:
             dump_config(config, self.directory / CONFIG_FILE)
             write_environment(self.directory, context.world_size)
             self._requeue_file.unlink(missing_ok=True)
-        recorded = self.state.step if self.state.owed is None else self.state.step - 1
-        self.tracker = Tracker(
-            self.directory,
-            is_main=context.is_main,
-            resume_step=None if checkpoint is None else recorded,
-            tensorboard=config.logging.tensorboard,
-            wandb_project=config.logging.wandb_project,
-            config=config.model_dump(mode="json"),
-        )
+        self.tracker = self._open_tracker(is_resumed=checkpoint is not None)
         self.progress = Progress(
             config.logging.progress if context.is_main else "off",
             num_steps,
@@ -265,6 +257,17 @@ class Run:
         state = {"command": self._command, **asdict(self.state)}
         with self.timers("save_checkpoint"):
             self.checkpoints.start(self.state.step, self.policy, self.optimizer, state, add_files)
+
+    def _open_tracker(self, *, is_resumed: bool) -> Tracker:
+        recorded = self.state.step if self.state.owed is None else self.state.step - 1
+        return Tracker(
+            self.directory,
+            is_main=self.context.is_main,
+            resume_step=recorded if is_resumed else None,
+            tensorboard=self.config.logging.tensorboard,
+            wandb_project=self.config.logging.wandb_project,
+            config=self.config.model_dump(mode="json"),
+        )
 
     def _finish_saving(self) -> None:
         with self.timers("save_checkpoint"):

@@ -71,6 +71,11 @@ def test_a_state_of_other_data_is_refused(other):
         other.load_state_dict(PromptStream(10, 2, 0).state_dict())
 
 
+def test_the_state_of_a_replay_is_refused():
+    with pytest.raises(UserError, match="its run replayed rollouts"):
+        PromptStream(10, 2, 0).load_state_dict({})
+
+
 @pytest.mark.parametrize(("num_prompts", "per_step"), [(0, 1), (1, 0)])
 def test_empty_streams_are_refused(num_prompts, per_step):
     with pytest.raises(ValueError, match="must be positive"):
