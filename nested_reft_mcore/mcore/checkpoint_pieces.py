@@ -19,9 +19,8 @@ from torch import Tensor
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.hf.safetensors_reader import SafetensorsReader
 from nested_reft_mcore.hf.transforms import from_mcore, pad_rows, padded_vocab_size, to_mcore
-from nested_reft_mcore.hf.weight_map import MapEntry, WeightKind, WeightMap
+from nested_reft_mcore.hf.weight_map import MapEntry, Shape, WeightKind, WeightMap
 from nested_reft_mcore.mcore.piece_reader import PieceReader
-from nested_reft_mcore.mcore.piece_writer import Shape
 
 MAX_PIECE_BYTES = 2**27
 _LAYER = re.compile(r"(?<=decoder\.layers)\.\d+(?=\.)")

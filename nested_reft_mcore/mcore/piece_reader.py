@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.hf.weight_map import Shape
 from nested_reft_mcore.mcore.checkpoint_safety import INDEX_FILE, read_index
-from nested_reft_mcore.mcore.piece_writer import Shape, piece_index
+from nested_reft_mcore.mcore.piece_writer import piece_index
 
 
 class PieceReader:

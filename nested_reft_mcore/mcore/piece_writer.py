@@ -7,9 +7,7 @@ the other, each as `torch.save` writes it (torch.distributed.checkpoint). `piece
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,11 +32,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from nested_reft_mcore.checkpoints.durable_file import DurableFile
 from nested_reft_mcore.checkpoints.manifest import FileEntry
+from nested_reft_mcore.hf.weight_map import Shape
 from nested_reft_mcore.mcore.checkpoint_safety import INDEX_FILE
 
 _MAX_FILE_BYTES = 8 * 10**9
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def write_index(
     shapes: dict[str, Shape],
     dtype: torch.dtype,
 ) -> None:
-    """Make a directory of pieces a checkpoint.
+    """Make a directory of pieces a checkpoint; the small files are the caller's to fsync.
 
     Args:
         directory: Where the files of all processes are.
@@ -150,13 +147,11 @@ def write_index(
         for piece in pieces
     }
     metadata = Metadata({**tensors, **objects}, planner_data={}, storage_data=places)
-    _write_durably(directory / INDEX_FILE, pickle.dumps(metadata))
-    buffer = io.BytesIO()
-    torch.save({}, buffer)
-    _write_durably(directory / "common.pt", buffer.getvalue())
+    (directory / INDEX_FILE).write_bytes(pickle.dumps(metadata))
+    torch.save({}, directory / "common.pt")
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {f"{name}_version": 1 for name in backends}
-    _write_durably(directory / "metadata.json", json.dumps(backends | versions).encode())
+    (directory / "metadata.json").write_text(json.dumps(backends | versions), encoding="utf-8")
 
 
 @contextmanager
@@ -173,10 +168,3 @@ def _without_crc32() -> Iterator[None]:
 def piece_index(key: str, offsets: Shape | None) -> MetadataIndex:
     """The index's name for a piece of a tensor, or for an object."""
     return MetadataIndex(key, None if offsets is None else torch.Size(offsets))
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
