@@ -12,6 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.10; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 # More arguments for pytest: `make test ARGS='-k skip -x'`.
 ARGS ?=
+# Test files that run at the same time; 0 runs one after the other in one process.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints-cpu.txt
@@ -60,7 +62,7 @@ demo: $(STAMP) ## run the main job on the embedded default, in a few minutes on 
 	@PATH="$(abspath $(BIN)):$$PATH" $(ONE_THREAD) ./examples/cpu_demo/run.sh
 
 test: $(STAMP) ## run the tests
-	@$(ONE_THREAD) $(BIN)/python -m pytest $(ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## check style, format and who imports whom
 	@$(BIN)/ruff check .

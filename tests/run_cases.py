@@ -14,7 +14,10 @@ from typing import Any
 import nested_reft_mcore
 
 REPOSITORY = Path(nested_reft_mcore.__file__).parents[1]
-LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID")
+LAUNCH_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID"),
+)
 PIPELINE = "parallel.pipeline_model_parallel_size=2"
 PATIENCE_SECONDS = 240.0
 """Machines that run tests are shared."""

@@ -37,9 +37,10 @@ def initialize_parallel(parallel: ParallelConfig, ranks: RankInfo, seed: int) ->
         # More threads than cores make processes that wait for each other spin for minutes.
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if not dist.is_initialized():
-        # "env://" joins torchrun's own store where torchrun started this process.
-        os.environ.setdefault("MASTER_ADDR", ranks.master_addr)
-        os.environ.setdefault("MASTER_PORT", str(ranks.master_port))
+        if ranks.world_size > 1:
+            # "env://" joins torchrun's own store where torchrun started this process.
+            os.environ["MASTER_ADDR"] = ranks.master_addr
+            os.environ["MASTER_PORT"] = str(ranks.master_port)
         dist.init_process_group(
             backend="nccl" if has_cuda else "gloo",
             init_method="env://" if ranks.world_size > 1 else None,

@@ -151,7 +151,9 @@ def test_tools_split_their_work_over_the_ranks(mpirun: Mpirun, tmp_path: Path) -
         ("convert_mcore_to_hf.py", ("--checkpoint", str(checkpoint), "--output", str(back))),
     ):
         path = str(REPOSITORY / "tools" / tool)
-        code, out, err = mpirun.run(2, path, *options, PYTHONWARNINGS="ignore")
+        # Port 0 stands for any that is free, and is no place to meet.
+        more = {"PYTHONWARNINGS": "ignore", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        code, out, err = mpirun.run(2, path, *options, **more)
         assert code == 0, err
         assert out.count(options[-1]) == 1
     assert {path.name for path in checkpoint.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
