@@ -269,5 +269,5 @@ def fail_on_the_last_rank(context: ParallelContext, hf_dir: Path, target: Path) 
         pytest.raises(UserError, match="full: cannot be written: File too large"),
     ):
         hf_to_mcore(options, context)
-    dist.barrier()
+    # No process comes here before the first one has tidied up.
     assert not list(target.glob("*full*"))

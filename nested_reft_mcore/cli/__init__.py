@@ -63,7 +63,7 @@ Verify = Annotated[
     bool, typer.Option("--verify", help="Compare float32 logits of both models; 1 if they differ.")
 ]
 Tolerance = Annotated[float, typer.Option(help="Largest difference that --verify accepts.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output of the same kind.")]
 
 
 def main() -> None:
@@ -300,7 +300,10 @@ def mcore_to_hf(
     tokenizer_path: TokenizerPath = None,
     dtype: WrittenDtype = "auto",
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 5GB or 500MB.")
+        str,
+        typer.Option(
+            metavar="SIZE", help="Largest file, such as 500MB; a single tensor may exceed it."
+        ),
     ] = "5GB",
     verify: Verify = False,
     tolerance: Tolerance = 1e-3,

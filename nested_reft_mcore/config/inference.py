@@ -12,7 +12,7 @@ from nested_reft_mcore.config.base import Section
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
 
-_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class ModelSource(Section):
@@ -99,8 +99,8 @@ class ConvertOptions(Section):
     verify: bool = False
     """Compare float32 logits of both models afterwards."""
     tolerance: float = Field(default=1e-3, gt=0)
-    """Largest difference of two logits that `verify` accepts. Sums in another order differ by some
-    1e-5, weights in the wrong place by more than 1e-1."""
+    """Largest difference of two logits that `verify` accepts. Sums in another order differ by up
+    to 1e-4, weights in the wrong place by more than 1e-1."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout that pieces are cut for and that `verify` runs, and processes of a bare start."""
 
@@ -136,7 +136,7 @@ def parse_size(name: str, text: str) -> int:
     Raises:
         UserError: names the option and what was expected.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B", text.strip(), re.IGNORECASE)
     size = 0
     if found:
         size = int(float(found.group(1)) * _UNITS[found.group(2).upper()])

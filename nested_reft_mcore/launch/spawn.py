@@ -202,8 +202,9 @@ def _tell(outcome: Outcome, directory: Path) -> None:
         if outcome.code == ExitCode.USER_ERROR:
             print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)
             return
-        print(f"--- rank {outcome.rank}, last lines of stderr ---", file=sys.stderr)
-        print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)
+        if lines:
+            print(f"--- rank {outcome.rank}, last lines of stderr ---", file=sys.stderr)
+            print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)
     reason = f"exit code {outcome.code}"
     if outcome.code > 128:
         reason = f"killed by {signal.Signals(outcome.code - 128).name}"

@@ -94,26 +94,31 @@ def write_together(
     Raises:
         UserError: on every process, whoever found it; nothing is left then.
     """
-    with ExitStack() as stack:
+    try:
+        with ExitStack() as stack:
 
-        def begin() -> Path:
-            check()
-            return stack.enter_context(staged_directory(output))
+            def begin() -> Path:
+                check()
+                return stack.enter_context(staged_directory(output))
 
-        def write_mine() -> Any:
-            try:
-                return write(directory)
-            except OSError as error:
-                raise unwritable(output, error) from error
+            def write_mine() -> Any:
+                try:
+                    return write(directory)
+                except OSError as error:
+                    raise unwritable(output, error) from error
 
-        directory: Path = on_main(begin, context)
-        results = on_all(write_mine, context)
+            directory: Path = on_main(begin, context)
+            results = on_all(write_mine, context)
 
-        def end() -> None:
-            finish(directory, results)
-            stack.close()
+            def end() -> None:
+                finish(directory, results)
+                stack.close()
 
-        on_main(end, context)
+            on_main(end, context)
+    except UserError:
+        # A launcher may kill the first process, which tidies up, as soon as another has left.
+        barrier()
+        raise
 
 
 def _portable(error: Exception) -> Exception:

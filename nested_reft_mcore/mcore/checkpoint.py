@@ -127,7 +127,7 @@ def load_weights(policy: Policy, path: str | Path) -> None:
             data.
     """
     directory = resolve_checkpoint(path)
-    _check_sizes(directory, policy.context)
+    check_files(directory, "sizes", policy.context)
     _load(policy, None, directory)
 
 
@@ -138,7 +138,7 @@ def load_checkpoint(policy: Policy, optimizer: PolicyOptimizer, path: str | Path
         UserError: as `load_weights` does, and for a checkpoint that holds weights only.
     """
     directory = resolve_checkpoint(path)
-    _check_sizes(directory, policy.context)
+    check_files(directory, "sizes", policy.context)
     state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
     if "step" not in state:
         raise UserError(
@@ -149,8 +149,13 @@ def load_checkpoint(policy: Policy, optimizer: PolicyOptimizer, path: str | Path
     return state
 
 
-def _check_sizes(directory: Path, context: ParallelContext) -> None:
-    problems = find_problems(directory, "sizes", context)
+def check_files(directory: Path, level: Level, context: ParallelContext) -> None:
+    """Refuse a checkpoint whose files are not what its manifest says; every process calls it.
+
+    Raises:
+        UserError: names the files and what is wrong with them.
+    """
+    problems = find_problems(directory, level, context)
     if problems:
         raise UserError(f"{directory}: is broken: {'; '.join(problems)}")
 

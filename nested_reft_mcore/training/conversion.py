@@ -35,6 +35,7 @@ from nested_reft_mcore.hf.weight_map import WeightMap
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.exit_codes import ExitCode
 from nested_reft_mcore.mcore.agreement import write_together
+from nested_reft_mcore.mcore.checkpoint import check_files
 from nested_reft_mcore.mcore.checkpoint_pieces import checkpoint_key
 from nested_reft_mcore.mcore.convert import (
     WrittenShare,
@@ -121,6 +122,8 @@ def mcore_to_hf(options: McoreToHfOptions, context: ParallelContext) -> int:
             the output cannot be written.
     """
     checkpoint, output = resolve_checkpoint(options.checkpoint), Path(options.output).resolve()
+    # To verify against a damaged checkpoint would prove nothing.
+    check_files(checkpoint, "checksums" if options.verify else "sizes", context)
     architecture = read_checkpoint_architecture(checkpoint)
     check_exportable(architecture)
     mapping = weight_map(architecture)

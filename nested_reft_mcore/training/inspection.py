@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from nested_reft_mcore.checkpoints.manifest import read_manifest, verify
 from nested_reft_mcore.config.checkpoint_layout import (
@@ -82,11 +83,7 @@ def print_inspection(found: Inspection, *, every_tensor: bool, as_json: bool) ->
         print(json.dumps(asdict(found), indent=2))
         return
     console = Console(highlight=False)
-    facts = Table.grid(padding=(0, 2))
-    for name, value in _facts(found):
-        facts.add_row(name, value)
-    console.print(facts)
-    table = Table("tensor", "shape", "type", "pieces")
+    table = Table(Column("tensor", overflow="fold"), "shape", "type", "pieces")
     shown = [t for t in found.tensors if every_tensor or not t.name.startswith(_OPTIMIZER)]
     for tensor in shown:
         shape = " x ".join(map(str, tensor.shape))
@@ -95,6 +92,11 @@ def print_inspection(found: Inspection, *, every_tensor: bool, as_json: bool) ->
     hidden = len(found.tensors) - len(shown)
     if hidden:
         console.print(f"and {hidden} tensors of the optimizer: --all shows them")
+    # Last, where it is still on the screen.
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(found):
+        facts.add_row(name, value)
+    console.print(facts)
     for problem in found.problems:
         console.print(f"[red]broken[/red]: {problem}")
 
@@ -134,7 +136,7 @@ def _inspect_checkpoint(directory: Path, *, checksums: bool) -> Inspection:
         format="Megatron distributed checkpoint (torch_dist)",
         config=architecture.model_dump(exclude_none=True),
         num_parameters=_count(weight_map(architecture).hf_shapes.values()),
-        tensors=sorted(tensors, key=lambda tensor: tensor.name),
+        tensors=sorted(tensors, key=lambda tensor: _in_order(tensor.name)),
         checksums=state,
         step=step,
         layout=_layout(directory),
@@ -160,7 +162,7 @@ def _layout(directory: Path) -> dict[str, Any]:
 def _inspect_hf(directory: Path) -> Inspection:
     architecture = read_architecture(directory)
     with SafetensorsReader(directory) as reader:
-        names = sorted(reader.names)
+        names = sorted(reader.names, key=_in_order)
         tensors = [TensorInfo(n, list(reader.shape(n)), _name(reader.dtype(n)), 1) for n in names]
     return Inspection(
         directory=str(directory),
@@ -171,6 +173,11 @@ def _inspect_hf(directory: Path) -> Inspection:
         checksums="this format has none",
         num_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
     )
+
+
+def _in_order(name: str) -> list[str | int]:
+    """Layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _count(shapes: Iterable[Iterable[int]]) -> int:

@@ -63,6 +63,10 @@ def verify(
     Raises:
         UserError: one of the two cannot be loaded.
     """
+    if context.is_main:
+        print(
+            "verifying: the model runs twice, here and in transformers", file=sys.stderr, flush=True
+        )
     architecture = read_checkpoint_architecture(checkpoint)
     model = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
     policy = build_policy(architecture, model, parallel, context)

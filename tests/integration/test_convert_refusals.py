@@ -13,6 +13,7 @@ import torch
 from hf_cases import HfCase, read_tensors, small_files_only, write_model
 from safetensors.torch import load_file, save_file
 
+from nested_reft_mcore.checkpoints.manifest import file_names, hash_files, write_manifest
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.inference import HfToMcoreOptions, McoreToHfOptions, parse_size
 from nested_reft_mcore.config.schema import ParallelConfig
@@ -176,9 +177,11 @@ def test_a_place_where_nothing_can_be_written(original: Path, context: ParallelC
 def test_checkpoints_that_do_not_fit(source: Path, context: ParallelContext) -> None:
     checkpoint = convert(source, context)
 
-    def assert_not_exported(message: str) -> None:
+    def assert_not_exported(message: str, *, seal: bool = True, verify: bool = False) -> None:
+        if seal:
+            write_manifest(checkpoint, hash_files(checkpoint, file_names(checkpoint)))
         output = source.parent / "back"
-        options = McoreToHfOptions(checkpoint=str(checkpoint), output=str(output))
+        options = McoreToHfOptions(checkpoint=str(checkpoint), output=str(output), verify=verify)
         with pytest.raises(UserError, match=message):
             mcore_to_hf(options, context)
         assert sorted(path.name for path in source.parent.iterdir()) == ["output", "source"]
@@ -190,8 +193,18 @@ def test_checkpoints_that_do_not_fit(source: Path, context: ParallelContext) -> 
     architecture.write_text(right.replace('"vocab_size": 1003', '"vocab_size": 1025'))
     assert_not_exported(r"word_embeddings.weight has shape \[1024, 32\], .* \[1025, 32\]")
     architecture.write_text(right)
-    (checkpoint / "__0_0.distcp").write_bytes(b"")
-    assert_not_exported(r"__0_0\.distcp: ")
+    piece = checkpoint / "__0_0.distcp"
+    whole = piece.read_bytes()
+    piece.write_bytes(whole[: len(whole) // 2])
+    assert_not_exported(r"__0_0\.distcp: broken at byte")
+    piece.write_bytes(whole)
+    write_manifest(checkpoint, hash_files(checkpoint, file_names(checkpoint)))
+    piece.write_bytes(whole[:-1])
+    assert_not_exported(r"is broken: __0_0\.distcp: has \d+ bytes", seal=False)
+    piece.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert_not_exported(r"is broken: __0_0\.distcp: has checksum", seal=False, verify=True)
+    (checkpoint / "manifest.json").unlink()
+    assert_not_exported(r"is broken: manifest\.json: missing", seal=False)
 
 
 def test_sizes_are_read_as_transformers_writes_them() -> None:
@@ -200,7 +213,7 @@ def test_sizes_are_read_as_transformers_writes_them() -> None:
         1500000,
         20000,
     ]
-    for text in ("5", "GB", "0MB", "-1GB", "5TB"):
+    for text in ("5", "GB", "0MB", "-1GB", "5PB"):
         with pytest.raises(UserError, match=rf"--max-shard-size {text}: expected a size such as"):
             parse_size("--max-shard-size", text)
 
