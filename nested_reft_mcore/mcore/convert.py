@@ -6,7 +6,8 @@ from mapped files and writes it at once, so that it never holds more than a few 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -155,12 +156,25 @@ def write_hf_files(
         for entry in mapping.entries
         for which, tensor in enumerate(entry.tensors)
     }
+    blocks = (
+        (name, values)
+        for file in files
+        for name in plan.files[file]
+        for values in hf_values(*entries[name], reader, architecture)
+    )
     with ShardWriter(directory, plan) as writer:
-        for file in files:
-            for name in plan.files[file]:
-                for values in hf_values(*entries[name], reader, architecture):
-                    writer.add(name, values)
-                    progress(values.nbytes)
+        for name, values in _read_ahead(blocks):
+            writer.add(name, values)
+            progress(values.nbytes)
+
+
+def _read_ahead(blocks: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same blocks, the next of which is read while the present one is written."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        following = reader.submit(next, blocks, None)
+        while (present := following.result()) is not None:
+            following = reader.submit(next, blocks, None)
+            yield present
 
 
 def share_out(planned: Sequence[PlannedPiece], rank: int, world_size: int) -> list[PlannedPiece]:
