@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -11,14 +12,20 @@ from torch.distributed import ProcessGroup
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.rollout.pipeline_link import PipelineLink
+from nested_reft_mcore.rollout.token_pass import TokenPass
 
 
 @runtime_checkable
 class DecodeCache(Protocol):
-    """Keys and values of one slot group, on one process, for the layers that the plan runs."""
+    """Keys and values of all slots, on one process, for the layers whose attention a plan runs."""
 
-    def select(self, rows: Int64[Tensor, " kept"]) -> None:
-        """Keep these rows, in this order, and forget the others."""
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        ...
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Forget what these slots hold; what may be NaN there must not reach a later sequence."""
         ...
 
 
@@ -31,8 +38,8 @@ class DecodeModel(Protocol[Cache]):
 
     Chunk v of stage p is followed by chunk v of stage p + 1, and the last stage's chunk v by the
     first stage's chunk v + 1. The very first chunk takes token ids, the very last one gives this
-    tensor-parallel rank's columns of the logits in float32; between them travel hidden states
-    `[sequences, positions, hidden]` of type `dtype`.
+    tensor-parallel rank's columns of the logits in float32; between them travel hidden states of
+    `hidden_shape` and type `dtype`.
     """
 
     link: PipelineLink
@@ -45,8 +52,6 @@ class DecodeModel(Protocol[Cache]):
     """Id of this rank's first column of logits."""
     vocab_size: int
     """Ids from here on are padding."""
-    hidden_size: int
-    """Width of the hidden states."""
     max_length: int
     """Longest sequence, prompt and response together."""
     dtype: torch.dtype
@@ -65,34 +70,33 @@ class DecodeModel(Protocol[Cache]):
         """Make the weights current and forget earlier counts; once before each batch."""
         ...
 
-    def new_cache(self, source: Int64[Tensor, " rows"], max_length: int) -> Cache:
-        """A cache whose row i continues prompt `source[i]` of the prefill, up to `max_length`."""
+    def hidden_shape(self, num_tokens: int) -> tuple[int, ...]:
+        """Shape of the hidden states of so many tokens, the same on every process."""
         ...
 
-    def prefill(
-        self, chunk: int, inputs: Tensor, lengths: Int64[Tensor, " prompts"], cache: Cache
-    ) -> Tensor:
-        """Run whole prompts, right-padded, and cache them for every row that continues them.
-
-        `inputs`: token ids `[prompts, positions]` or hidden states. Returns hidden states, or on
-        the very last chunk the logits after each prompt's last token, `[prompts, vocab_local]`.
-        """
+    def kv_bytes(self, plan: LayerSkipPlan, num_slots: int, length: int) -> int:
+        """What `new_cache` of these arguments takes on this process."""
         ...
 
-    def decode(
-        self,
-        chunk: int,
-        inputs: Tensor,
-        positions: Int64[Tensor, " rows"],
-        span: int,
-        ragged: bool,
-        cache: Cache,
-    ) -> Tensor:
-        """Run one token per row at its own position and cache it.
+    def free_bytes(self) -> int:
+        """Memory of this process's device that a cache may take."""
+        ...
 
-        `inputs`: token ids `[rows, 1]` or hidden states. No position is `span` or more, and they
-        are all equal unless `ragged`. Returns hidden states, or on the very last chunk logits
-        `[rows, vocab_local]`.
+    def agree_on_least(self, number: int) -> int:
+        """The smallest of the numbers that this model's processes pass in."""
+        ...
+
+    def new_cache(self, plan: LayerSkipPlan, num_slots: int, length: int) -> Cache:
+        """A cache of `num_slots` sequences of at most `length` positions each."""
+        ...
+
+    def forward(
+        self, chunk: int, inputs: Tensor, tokens: TokenPass, cache: Cache, plan: LayerSkipPlan
+    ) -> Tensor:
+        """Run a pass through one chunk under `plan`, whose attention all has a cache.
+
+        `inputs`: token ids `[num_tokens]` int64 or hidden states. Returns hidden states, or on the
+        very last chunk the logits of the rows' tokens, `[rows * width, vocab_local]`.
         """
         ...
 
