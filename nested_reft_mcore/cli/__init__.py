@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from nested_reft_mcore.cli.bench import bench_app
+from nested_reft_mcore.cli.options import (
+    Checkpoint,
+    Dtype,
+    Hf,
+    PipelineParallel,
+    TensorParallel,
+    fields,
+)
 
 app = typer.Typer(
     name="nested-reft",
@@ -31,6 +41,7 @@ convert_app = typer.Typer(
     """,
 )
 app.add_typer(convert_app, name="convert")
+app.add_typer(bench_app, name="bench")
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/configuration.md lists options.")
@@ -41,17 +52,10 @@ Overrides = Annotated[
         metavar="SECTION.FIELD=VALUE", help="Options that replace the file's, read as YAML."
     ),
 ]
-Hf = Annotated[str | None, typer.Option("--hf", metavar="DIR", help="Hugging Face directory.")]
-Checkpoint = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Checkpoint, or a directory of some.")
-]
 TokenizerPath = Annotated[
     str | None,
     typer.Option("--tokenizer", metavar="PATH", help="Tokenizer, if not the model's own."),
 ]
-Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16", help="Type of the weights.")]
-TensorParallel = Annotated[int, typer.Option(help="Processes that share each layer.")]
-PipelineParallel = Annotated[int, typer.Option(help="Stages that the layers are cut into.")]
 SkipLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Layers or parts not to run: 3,5.attention,7.mlp."),
@@ -224,7 +228,7 @@ def generate(
       nested-reft generate --checkpoint runs/first/checkpoints --prompts in.jsonl \\
           --output out.jsonl --skip-layers 3,5.attention --logprobs --num-samples 4
     """
-    values = _fields(locals())
+    values = fields(locals())
     from nested_reft_mcore.cli.entry import leave
     from nested_reft_mcore.cli.files import run_generate
 
@@ -254,7 +258,7 @@ def score(
       nested-reft score --hf models/tiny --input out.jsonl --output scores.jsonl
       nested-reft score --hf models/tiny --input out.jsonl --output nested.jsonl --skip-layers 3
     """
-    values = _fields(locals())
+    values = fields(locals())
     from nested_reft_mcore.cli.entry import leave
     from nested_reft_mcore.cli.files import run_score
 
@@ -286,7 +290,7 @@ def hf_to_mcore(
       nested-reft convert hf-to-mcore --hf models/tiny --output checkpoints/tiny --verify
       mpirun -n 8 nested-reft convert hf-to-mcore --hf models/70b --output checkpoints/70b
     """
-    values = _fields(locals())
+    values = fields(locals())
     from nested_reft_mcore.cli.entry import leave
     from nested_reft_mcore.cli.files import run_hf_to_mcore
 
@@ -320,7 +324,7 @@ def mcore_to_hf(
     Example:
       nested-reft convert mcore-to-hf --checkpoint runs/first/checkpoints --output models/mine
     """
-    values = _fields(locals())
+    values = fields(locals())
     from nested_reft_mcore.cli.entry import leave
     from nested_reft_mcore.cli.files import run_mcore_to_hf
 
@@ -375,13 +379,3 @@ def doctor(
     from nested_reft_mcore.launch.doctor import run_doctor
 
     raise typer.Exit(run_doctor(as_json=json_output))
-
-
-def _fields(parameters: dict[str, Any]) -> dict[str, Any]:
-    """A command's parameters, which are named as the fields of its options, as a plain section."""
-    values = {
-        name: [] if name == "stop_tokens" and v is None else v for name, v in parameters.items()
-    }
-    sizes = (values.pop("tensor_parallel"), values.pop("pipeline_parallel"))
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    return values | {"parallel": dict(zip(names, sizes, strict=True))}
