@@ -29,7 +29,7 @@ class Case:
 def make_cases(
     options: BenchRolloutOptions, num_layers: int, stage_of_layer: Sequence[int]
 ) -> list[Case]:
-    """Full depth, then for every part each number of layers, then all.
+    """Full depth, then for every part each number of layers, then all (for the ceiling).
 
     The plans are drawn by the law of the house, from the seed; percentages that come to the same
     number of layers are one case.
@@ -51,6 +51,8 @@ def make_cases(
                 part,
             )
             cases.append(Case(f"{count} {part}", part, count, tuple(percentages), plan))
+        if not asked:
+            continue
         everything = frozenset((layer, part) for layer in range(num_layers))
         plan = LayerSkipPlan(num_layers, everything)
         cases.append(Case(all_key(part), part, num_layers, (), plan))
