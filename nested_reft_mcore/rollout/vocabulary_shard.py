@@ -84,9 +84,7 @@ class Masses:
         return self.rank_ends[:, -1]
 
     @classmethod
-    def of_blocks(
-        cls, block_sums: Float[Tensor, "rows blocks"], shard: VocabularyShard
-    ) -> Masses:
+    def of_blocks(cls, block_sums: Float[Tensor, "rows blocks"], shard: VocabularyShard) -> Masses:
         """From the masses of this shard's blocks; all ranks have to call."""
         block_ends = block_sums.cumsum(dim=1, dtype=torch.float64)
         return cls(block_ends, shard.gather(block_ends[:, -1]).cumsum(dim=1))
