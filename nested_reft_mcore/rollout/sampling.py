@@ -64,9 +64,7 @@ def sample_tokens(
     if params.greedy:
         return largest_tokens(local_logits, params.temperature, shard)
     target = Distribution.from_logits(local_logits, params, shard)
-    mine, block, mass = target.masses.search(uniforms, shard)
-    column = search_block(take_block(target.weights, block), block, mass)
-    return target.announce(mine, column, shard)
+    return target.draw(uniforms, shard)
 
 
 @dataclass(frozen=True)
@@ -103,27 +101,38 @@ class Distribution:
         masses = Masses.of_blocks(block_sums(weights), shard)
         return cls(logits, weights, masses, maximum, broken, params.temperature)
 
-    def logprobs(self, logits: Float64[Tensor, " rows"]) -> Float64[Tensor, " rows"]:
-        """Log-probability, in nats, of a token of each row that has these logits and is kept."""
-        scaled = (logits - self.maximum.to(torch.float64)) / self.temperature
-        return scaled - self.masses.total.log()
+    def draw(
+        self, uniforms: Float64[Tensor, " rows"], shard: VocabularyShard
+    ) -> tuple[Int64[Tensor, " rows"], Float32[Tensor, " rows"]]:
+        """A token of each row by inverse CDF, with its log-probability; all ranks have to call."""
+        rows = torch.arange(uniforms.shape[0], device=uniforms.device)
+        mine, block, mass = self.masses.search(uniforms, shard)
+        column = search_block(take_block(self.weights, rows, block), block, mass)
+        return self.announce(rows, mine, column, shard)
 
     def announce(
         self,
-        mine: Bool[Tensor, " rows"],
-        column: Int64[Tensor, " rows"],
+        rows: Int64[Tensor, " some"],
+        mine: Bool[Tensor, " some"],
+        column: Int64[Tensor, " some"],
         shard: VocabularyShard,
-    ) -> tuple[Int64[Tensor, " rows"], Float32[Tensor, " rows"]]:
-        """The token at the owner's column and its log-probability, told to every rank."""
-        if self.logits.shape[1] == 0:
-            found = self.masses.total.new_zeros((2, column.shape[0]))
-        else:
-            logit = self.logits.gather(1, column.clamp(max=self.logits.shape[1] - 1)[:, None])
+    ) -> tuple[Int64[Tensor, " some"], Float32[Tensor, " some"]]:
+        """The owner's column of each of these rows, told to every rank as token and log-prob."""
+        found = self.masses.total.new_zeros((2, column.shape[0]))
+        if self.logits.shape[1]:
+            logit = self.logits[rows, column.clamp(max=self.logits.shape[1] - 1)]
             # Both are exact in float64, and so is their sum with the other ranks' zeros.
-            found = torch.stack([column + shard.vocab_start, logit[:, 0].to(torch.float64)])
+            found = torch.stack([column + shard.vocab_start, logit.to(torch.float64)])
             found = torch.where(mine, found, 0.0)
         token, logit = shard.reduce(found, ReduceOp.SUM)
-        return hide_broken(token.to(torch.int64), self.logprobs(logit), self.broken)
+        return hide_broken(token.to(torch.int64), self.logprobs(rows, logit), self.broken[rows])
+
+    def logprobs(
+        self, rows: Int64[Tensor, " some"], logits: Float64[Tensor, " some"]
+    ) -> Float64[Tensor, " some"]:
+        """Log-probabilities in nats of tokens of these rows that are kept and have these logits."""
+        scaled = (logits - self.maximum[rows].to(torch.float64)) / self.temperature
+        return scaled - self.masses.total[rows].log()
 
 
 def largest_tokens(

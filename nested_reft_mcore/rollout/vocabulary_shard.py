@@ -89,6 +89,18 @@ class Masses:
         block_ends = block_sums.cumsum(dim=1, dtype=torch.float64)
         return cls(block_ends, shard.gather(block_ends[:, -1]).cumsum(dim=1))
 
+    def where(self, condition: Bool[Tensor, " rows"], other: Masses) -> Masses:
+        """These masses in the rows where the condition holds, `other` elsewhere."""
+        column = condition[:, None]
+        return Masses(
+            torch.where(column, self.block_ends, other.block_ends),
+            torch.where(column, self.rank_ends, other.rank_ends),
+        )
+
+    def take(self, rows: Int64[Tensor, " some"]) -> Masses:
+        """The masses of these rows."""
+        return Masses(self.block_ends[rows], self.rank_ends[rows])
+
     def search(
         self, uniforms: Float64[Tensor, " rows"], shard: VocabularyShard
     ) -> tuple[Bool[Tensor, " rows"], Int64[Tensor, " rows"], Float64[Tensor, " rows"]]:
@@ -152,8 +164,9 @@ def search_block(
 
 
 def take_block(
-    weights: Float32[Tensor, "rows blocks_times_128"], block: Int64[Tensor, " rows"]
-) -> Float32[Tensor, "rows 128"]:
-    """The weights of one block per row."""
-    rows = torch.arange(weights.shape[0], device=weights.device)
+    weights: Float32[Tensor, "rows blocks_times_128"],
+    rows: Int64[Tensor, " some"],
+    block: Int64[Tensor, " some"],
+) -> Float32[Tensor, "some 128"]:
+    """The weights of one block of each of these rows."""
     return weights.view(weights.shape[0], -1, BLOCK)[rows, block]
