@@ -20,7 +20,7 @@ from typing import Literal
 
 from nested_reft_mcore.rollout.completion import Completion, StopRule
 from nested_reft_mcore.rollout.sampling import NO_TOKEN
-from nested_reft_mcore.rollout.speculation import DraftLength
+from nested_reft_mcore.rollout.draft_length import DraftLength
 from nested_reft_mcore.rollout.token_pass import PrefixCopy, PromptPiece
 from nested_reft_mcore.rollout.types import Prompt
 
@@ -175,19 +175,18 @@ class Scheduler:
             lane.num_drafted += 1
             return []
         broken = []
-        num_accepted = 0
+        accepted = []
         for row, sampled in zip(step.rows, tokens, strict=True):
             row.drafts = []
             if row.completion.finish_reason is not None:
                 continue
-            num_accepted += self._extend(row, sampled, now)
+            accepted.append(self._extend(row, sampled, now))
             if row.completion.finish_reason == "nan":
                 broken.append(row.slot)
-        if self._draft_length is not None and step.num_drafted:
-            num_drafted = step.num_drafted * len(step.rows)
-            self._draft_length.update(num_drafted, num_accepted)
-            self.drafted_tokens += num_drafted
-            self.accepted_tokens += num_accepted
+        if self._draft_length is not None and step.rows:
+            self._draft_length.update(step.num_drafted, accepted)
+            self.drafted_tokens += step.num_drafted * len(step.rows)
+            self.accepted_tokens += sum(accepted)
         lane.num_drafted, lane.draft_target = 0, None
         self._release(lane)
         return broken

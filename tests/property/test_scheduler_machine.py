@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from nested_reft_mcore.rollout.completion import StopRule
 from nested_reft_mcore.rollout.sampling import NO_TOKEN
 from nested_reft_mcore.rollout.scheduler import Scheduler, Step
-from nested_reft_mcore.rollout.speculation import DraftLength
+from nested_reft_mcore.rollout.draft_length import DraftLength
 from nested_reft_mcore.rollout.types import Prompt, SamplingParams
 
 STOP = 0
