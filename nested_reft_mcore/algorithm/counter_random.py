@@ -34,6 +34,10 @@ class Stream(IntEnum):
     """The uniform number behind a sampled token."""
     LAYER_DROPOUT = 4
     """How many and which layers a warm-up batch drops."""
+    ACCEPTANCE = 5
+    """The uniform number that decides on a drafted token."""
+    RESIDUAL = 6
+    """The uniform number behind the token that the full model adds to the accepted drafts."""
 
 
 def uniform(*key: int) -> float:

@@ -208,9 +208,22 @@ def generate(
         str, typer.Option(metavar="none|chat", help="chat: prompts go through the template.")
     ] = "none",
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Write logprobs.")] = False,
-    slots_per_group: Annotated[
-        int, typer.Option("--slots", help="Sequences decoded together.")
-    ] = 64,
+    stop_strings: Annotated[
+        list[str] | None,
+        typer.Option("--stop-string", help="A text that ends a completion; may be repeated."),
+    ] = None,
+    speculative: Annotated[
+        bool,
+        typer.Option(
+            "--speculative", help="The skipped model drafts, the full one verifies: lossless."
+        ),
+    ] = False,
+    max_slots: Annotated[
+        int | None, typer.Option("--slots", help="Sequences decoded at the same time.")
+    ] = None,
+    kv_cache_gb: Annotated[
+        float | None, typer.Option(help="Memory for keys and values; default: half of the free.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Key of every random choice.")] = 0,
     dtype: Dtype = "float32",
     tensor_parallel: TensorParallel = 1,
@@ -219,7 +232,7 @@ def generate(
     """Complete the prompts of a file, with the full model or with layers skipped.
 
     A line in has `prompt`, `messages` or `prompt_token_ids`. A line out has `prompt_token_ids`,
-    `token_ids`, `text`, `finish_reason` (stop or length) and, with --logprobs, `logprobs`:
+    `token_ids`, `text`, `finish_reason` (stop, length or nan) and, with --logprobs, `logprobs`:
     logprobs[i] belongs to token_ids[i] under the distribution that was sampled from.
 
     \b

@@ -18,7 +18,8 @@ PipelineParallel = Annotated[int, typer.Option(help="Stages that the layers are 
 def fields(parameters: dict[str, Any]) -> dict[str, Any]:
     """A command's parameters, which are named as the fields of its options, as a plain section."""
     values = {
-        name: [] if name == "stop_tokens" and v is None else v for name, v in parameters.items()
+        name: [] if name in ("stop_tokens", "stop_strings") and v is None else v
+        for name, v in parameters.items()
     }
     sizes = (values.pop("tensor_parallel"), values.pop("pipeline_parallel"))
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")

@@ -34,6 +34,13 @@ def check_config(config: Config) -> None:
             f"nested: skip_ratio={config.nested.skip_ratio} and "
             f"num_skipped={config.nested.num_skipped} are both set; set one of them"
         )
+    if config.rollout.mode == "speculative" and not (
+        config.nested.skip_ratio or config.nested.num_skipped
+    ):
+        raise UserError(
+            "rollout.mode=speculative: the draft comes from the nested policy, and nested skips "
+            "nothing; set nested.skip_ratio or nested.num_skipped"
+        )
     _check_sft(config)
     _check_objective(config)
     _check_steps(config)

@@ -67,8 +67,14 @@ class GenerateOptions(ModelSource):
     """Tokens that end a completion, beside the tokenizer's end of sequence."""
     template: Literal["none", "chat"] = "none"
     """`chat` puts each `prompt` through the chat template; `messages` always go through it."""
-    slots_per_group: int = Field(default=64, gt=0)
-    """Sequences that one pipeline micro-batch decodes together."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion as soon as it contains one."""
+    speculative: bool = False
+    """The model with layers skipped drafts and the full one verifies: its very distribution."""
+    max_slots: int | None = Field(default=None, gt=0)
+    """Sequences decoded at the same time; left out: what memory allows, 256 at most."""
+    kv_cache_gb: float | None = Field(default=None, gt=0)
+    """Memory for keys and values on each process, in 10^9 bytes; left out: half of what is free."""
     seed: int = Field(default=0, ge=0)
     """Key of the sampling and of the drawn layers."""
 

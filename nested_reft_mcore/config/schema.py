@@ -107,8 +107,19 @@ class RolloutConfig(Section):
     """Keep the smallest set of tokens with this mass; refused by `train`."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a completion, beside the tokenizer's end of sequence."""
-    slots_per_group: int = Field(default=64, gt=0)
-    """Sequences that one pipeline micro-batch decodes together."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion as soon as it contains one."""
+    mode: Literal["nested", "full", "speculative"] = "nested"
+    """`nested` generates with layers skipped; `full` skips nothing, whatever `nested` says;
+    `speculative` is lossless: the nested policy drafts, the full one verifies."""
+    max_draft_tokens: int = Field(default=8, gt=0)
+    """Longest draft of `speculative`; shorter ones where few of their tokens are accepted."""
+    max_slots: int | None = Field(default=None, gt=0)
+    """Sequences decoded at the same time; left out: what memory allows, 256 at most."""
+    kv_cache_gb: float | None = Field(default=None, gt=0)
+    """Memory for keys and values on each process, in 10^9 bytes; left out: half of what is free."""
+    max_num_batched_tokens: int = Field(default=2048, gt=0)
+    """Tokens of one pass of a slot group; longer prompts run in pieces."""
     replay: str | None = None
     """Run directory whose dumped rollouts are used instead of generating."""
 

@@ -15,3 +15,5 @@ class Prompt:
     """What the reward compares with; absent where nothing is judged."""
     source: str = ""
     """Where it came from, as `file:line`."""
+    max_new_tokens: int | None = None
+    """Longest response to this prompt, where it is shorter than everybody's."""

@@ -1,10 +1,10 @@
 """Generation under tensor and pipeline parallelism, several slot groups in flight.
 
-Work is a sequence of items (round, chunk, lane). A lane carries one slot group at a time; in each
-round the group passes through every chunk of every stage and gains one token per row. Each process
-handles its items in lexicographic order, receives what an item needs just before it and sends what
-comes out without waiting. Every dependency points to an earlier item, or to the same item on an
-earlier stage, so nothing can block for ever.
+Work is a sequence of items (round, chunk, lane). A lane carries one slot group; in each round the
+group passes through every chunk of every stage, and each of its rows gains a token (or a draft of
+one, or the tokens that verification keeps). Each process handles its items in lexicographic order,
+receives what an item needs just before it and sends what comes out without waiting. Every dependency
+points to an earlier item, or to the same item on an earlier stage, so nothing can block for ever.
 
 Who is done follows from the sampled tokens alone. The last stage samples them and sends them to the
 first, which passes them on with the next round, so no stage ever asks another what to do next.
@@ -13,7 +13,6 @@ first, which passes them on with the next round, so no stage ever asks another w
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic
 
@@ -21,20 +20,25 @@ import torch
 from torch import Tensor
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.rollout.completion import Completion, Detokenize, StopRule
 from nested_reft_mcore.rollout.decode_model import Cache, DecodeModel
+from nested_reft_mcore.rollout.drawing import Drawing
+from nested_reft_mcore.rollout.memory import check_one_fits, choose_num_slots
 from nested_reft_mcore.rollout.pipeline_link import Sending
-from nested_reft_mcore.rollout.sampling import sample_tokens
-from nested_reft_mcore.rollout.slot_group import Completion, SlotGroup, cut_into_groups
+from nested_reft_mcore.rollout.scheduler import Batching, Lane, Scheduler, Step
+from nested_reft_mcore.rollout.draft_length import DraftLength
+from nested_reft_mcore.rollout.token_pass import TokenPass
 from nested_reft_mcore.rollout.types import (
     Prompt,
     Rollout,
     RolloutBatch,
     RolloutStats,
+    RolloutTimings,
     SamplingParams,
 )
 
 ROUNDS_BETWEEN_QUESTIONS = 4
-"""Decoded tokens after which a generation asks again whether to go on."""
+"""Rounds, a decoded token each, after which a generation asks again whether to go on."""
 
 
 class GenerationInterrupted(Exception):
@@ -44,11 +48,41 @@ class GenerationInterrupted(Exception):
 class RolloutEngine:
     """Generates completions with whatever policy it is handed."""
 
-    def __init__(self, slots_per_group: int) -> None:
-        """`slots_per_group`: sequences that one pipeline micro-batch decodes together, at most."""
-        if slots_per_group < 1:
-            raise ValueError(f"slots_per_group must be at least 1, found {slots_per_group}")
-        self.slots_per_group = slots_per_group
+    def __init__(
+        self,
+        max_slots: int | None = None,
+        *,
+        kv_cache_bytes: int | None = None,
+        max_num_batched_tokens: int = 2048,
+        batching: Batching = "continuous",
+        max_draft_tokens: int = 8,
+    ) -> None:
+        """Results don't depend on any of these, but for draws within rounding of a boundary.
+
+        Args:
+            max_slots: Sequences that are decoded at the same time, at most, over all slot groups.
+            kv_cache_bytes: Memory of a process for keys and values; half of what is free if absent.
+            max_num_batched_tokens: Tokens of a slot group's pass; longer prompts run in pieces.
+            batching: Whether a finished sequence's slot goes to the next one at once.
+            max_draft_tokens: Longest draft of lossless mode.
+        """
+        for name, value in (
+            ("max_slots", max_slots),
+            ("kv_cache_bytes", kv_cache_bytes),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("max_draft_tokens", max_draft_tokens),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        self.max_slots = max_slots
+        self.kv_cache_bytes = kv_cache_bytes
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.batching: Batching = batching
+        self.max_draft_tokens = max_draft_tokens
+
+    def check_room(self, model: DecodeModel, plan: LayerSkipPlan, length: int) -> None:
+        """Raise UserError, on every process of the model, unless a sequence of `length` fits."""
+        check_one_fits(model, plan, length, self.kv_cache_bytes)
 
     def generate(
         self,
@@ -58,50 +92,85 @@ class RolloutEngine:
         sampling: SamplingParams,
         plan: LayerSkipPlan,
         *,
+        draft_plan: LayerSkipPlan | None = None,
         first_prompt_index: int = 0,
-        detokenize: Callable[[tuple[int, ...]], str] | None = None,
+        detokenize: Detokenize | None = None,
         interrupted: Callable[[], bool] | None = None,
     ) -> RolloutBatch:
         """Complete each prompt `num_samples` times; the same result on every rank of the model.
 
-        All processes of the tensor and pipeline groups call it with the same arguments.
-        `first_prompt_index` is the first prompt's place in the step's global batch: it keys the
-        random numbers, so that replicas with a part of the prompts each draw what one replica with
-        all of them would. Results don't depend on `slots_per_group` or the parallel layout, but
-        for draws within rounding of a boundary. `plan` must be the policy's plan of the moment.
+        All processes of the tensor and pipeline groups call it with the same arguments. `plan` must
+        be the policy's plan of the moment. `first_prompt_index` is the first prompt's place in the
+        step's global batch: it keys the random numbers, so that replicas with a part of the prompts
+        each draw what one replica with all of them would.
+
+        With `draft_plan` the policy under that plan proposes tokens, and under `plan` it verifies
+        them (self-speculation, arXiv 2211.17192): the completions follow `plan`'s distribution
+        exactly, but which ones are drawn depends on the lengths of drafts.
 
         `interrupted` is asked every few tokens, on all processes of the model in the same round, so
         it may communicate among them; it has to give the same answer on all. True abandons the
         generation on all of them: nothing is left under way, and GenerationInterrupted is raised.
 
-        Raises ValueError for another plan, an empty prompt or one that leaves no room for
-        `max_new_tokens`.
+        Raises ValueError for another plan, an empty prompt or one that leaves no room for its
+        response, stop strings without `detokenize`; UserError where the keys and values of not one
+        sequence fit.
         """
-        _check(model, prompts, num_samples, sampling, plan)
+        rule = StopRule(sampling, detokenize)
+        _check(model, prompts, num_samples, rule, plan)
+        if not prompts:
+            return RolloutBatch((), num_samples, plan, RolloutStats(0, 0.0))
         started = time.perf_counter()
         with torch.inference_mode():
-            generation = _Generation(
-                model, prompts, num_samples, sampling, self.slots_per_group, first_prompt_index
+            length = max(len(p.token_ids) + rule.limit(p) for p in prompts) - 1
+            if draft_plan is not None:
+                length += self.max_draft_tokens
+            num_slots = choose_num_slots(
+                model,
+                plan,
+                length,
+                len(prompts) * num_samples,
+                self.max_slots,
+                self.kv_cache_bytes,
             )
+            scheduler = Scheduler(
+                rule,
+                num_slots=num_slots,
+                num_lanes=model.link.num_stages,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                batching=self.batching,
+                draft_length=self._draft_length(plan, draft_plan),
+            )
+            scheduler.submit(prompts, num_samples)
+            cache = model.new_cache(plan, num_slots, length)
+            drawing = Drawing(
+                model,
+                sampling,
+                scheduler.completions,
+                num_slots,
+                0 if draft_plan is None else self.max_draft_tokens,
+                first_prompt_index,
+            )
+            generation = _Generation(model, cache, scheduler, drawing, plan, draft_plan or plan)
             generation.run(interrupted)
-            rollouts = generation.rollouts(detokenize)
-            attention, mlp = generation.executions()
-            seconds = generation.agreed(time.perf_counter() - started)
-        stats = RolloutStats(
-            generated_tokens=sum(len(rollout.token_ids) for rollout in rollouts),
-            seconds=seconds,
-            attention_executions=tuple(attention),
-            mlp_executions=tuple(mlp),
-            stage_of_layer=model.stage_of_layer,
-        )
+            rollouts = generation.rollouts(prompts, first_prompt_index, detokenize)
+            stats = generation.stats(num_slots, time.perf_counter() - started)
         return RolloutBatch(rollouts, num_samples, plan, stats)
+
+    def _draft_length(
+        self, plan: LayerSkipPlan, draft_plan: LayerSkipPlan | None
+    ) -> DraftLength | None:
+        if draft_plan is None:
+            return None
+        cost = (1.0 - draft_plan.skip_ratio) / max(1.0 - plan.skip_ratio, 1e-9)
+        return DraftLength(self.max_draft_tokens, min(1.0, cost))
 
 
 def _check(
     model: DecodeModel,
     prompts: Sequence[Prompt],
     num_samples: int,
-    sampling: SamplingParams,
+    rule: StopRule,
     plan: LayerSkipPlan,
 ) -> None:
     if model.plan != plan:
@@ -114,21 +183,25 @@ def _check(
     for prompt in prompts:
         if not prompt.token_ids:
             raise ValueError(f"prompt {prompt.source or prompt.text!r} has no tokens")
-        if len(prompt.token_ids) + sampling.max_new_tokens > model.max_length:
+        if len(prompt.token_ids) + rule.limit(prompt) > model.max_length:
             raise ValueError(
                 f"prompt {prompt.source or prompt.text[:40]!r} has {len(prompt.token_ids)} tokens; "
-                f"with max_new_tokens {sampling.max_new_tokens} that is more than the model's "
+                f"with max_new_tokens {rule.limit(prompt)} that is more than the model's "
                 f"{model.max_length} positions"
             )
 
 
-class _Lane(Generic[Cache]):
-    """One slot group on its way round the pipeline, and the messages it has under way."""
+class _LaneTraffic:
+    """What a lane has under way on this process."""
 
-    def __init__(self) -> None:
-        self.group: SlotGroup[Cache] | None = None
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.step: Step | None = None
+        """What the lane did last, until its tokens are counted."""
+        self.tokens: TokenPass | None = None
+        """The same for the model."""
         self.sampled: Tensor | None = None
-        """Tokens that the last stage has sampled and not yet counted."""
+        """Tokens that the last stage has sampled and not yet counted, `[rows, width]`."""
         self.sendings: list[Sending] = []
 
     def complete_sendings(self) -> None:
@@ -144,27 +217,21 @@ class _Generation(Generic[Cache]):
     def __init__(
         self,
         model: DecodeModel[Cache],
-        prompts: Sequence[Prompt],
-        num_samples: int,
-        sampling: SamplingParams,
-        slots_per_group: int,
-        first_prompt_index: int,
+        cache: Cache,
+        scheduler: Scheduler,
+        drawing: Drawing,
+        plan: LayerSkipPlan,
+        draft_plan: LayerSkipPlan,
     ) -> None:
         self._model = model
         self._link = model.link
-        self._prompts = prompts
-        self._sampling = sampling
-        self._first_prompt_index = first_prompt_index
-        self._completions = [
-            Completion(number, *divmod(number, num_samples))
-            for number in range(len(prompts) * num_samples)
-        ]
-        groups = cut_into_groups(len(prompts), num_samples, slots_per_group, model.link.num_stages)
-        self._queue = deque(groups)
-        self._lanes = [_Lane[Cache]() for _ in range(min(len(groups), model.link.num_stages))]
-        self._logprobs = torch.zeros(
-            len(self._completions), sampling.max_new_tokens, device=model.device
-        )
+        self._cache = cache
+        self._scheduler = scheduler
+        self._drawing = drawing
+        self._plan = plan
+        self._draft_plan = draft_plan
+        self._lanes = [_LaneTraffic(lane) for lane in scheduler.lanes]
+        self._started = time.perf_counter()
 
     def run(self, interrupted: Callable[[], bool] | None) -> None:
         """Generate everything, or raise GenerationInterrupted.
@@ -173,8 +240,9 @@ class _Generation(Generic[Cache]):
         place where processes may agree to stop early.
         """
         self._model.begin()
+        self._link.waited_seconds = 0.0
         num_rounds = 0
-        while self._queue or any(lane.group is not None for lane in self._lanes):
+        while not self._scheduler.is_done:
             is_time_to_ask = num_rounds > 0 and num_rounds % ROUNDS_BETWEEN_QUESTIONS == 0
             if interrupted is not None and is_time_to_ask and interrupted():
                 self._abandon()
@@ -191,120 +259,141 @@ class _Generation(Generic[Cache]):
     def _abandon(self) -> None:
         """Receive what is under way, or later messages would be taken for it; then give up."""
         for lane in self._lanes:
-            if lane.group is not None:
-                self._learn_tokens(lane, lane.group)
+            if lane.step is not None:
+                self._learn_tokens(lane, lane.step)
         for lane in self._lanes:
             lane.complete_sendings()
         raise GenerationInterrupted
 
-    def rollouts(self, detokenize: Callable[[tuple[int, ...]], str] | None) -> tuple[Rollout, ...]:
-        """Every completion with its record; the last stage tells the others the log-probs."""
-        self._link.broadcast_from_last(self._logprobs)
-        return tuple(
-            self._rollout(completion, tuple(logprobs[: len(completion.token_ids)]), detokenize)
-            for completion, logprobs in zip(self._completions, self._logprobs.tolist(), strict=True)
+    def rollouts(
+        self,
+        prompts: Sequence[Prompt],
+        first_prompt_index: int,
+        detokenize: Detokenize | None,
+    ) -> tuple[Rollout, ...]:
+        """Every completion with its record; the last stage tells the others its part of it."""
+        completions = self._scheduler.completions
+        logprobs = self._drawing.logprobs
+        times = torch.tensor(
+            [(c.first_token_at, c.finished_at) for c in completions],
+            dtype=torch.float64,
+            device=self._model.device,
         )
+        self._link.broadcast_from_last(logprobs)
+        self._link.broadcast_from_last(times)
 
-    def executions(self) -> list[list[int]]:
-        """Passes of every global layer's attention and MLP, on whichever stage they ran."""
+        def rollout(completion: Completion, row: list[float], when: list[float]) -> Rollout:
+            assert completion.finish_reason is not None, "generation ended before its completions"
+            token_ids = tuple(completion.token_ids)
+            return Rollout(
+                prompt=prompts[completion.prompt],
+                prompt_index=first_prompt_index + completion.prompt,
+                sample_index=completion.sample,
+                token_ids=token_ids,
+                behavior_logprobs=tuple(row[: len(token_ids)]),
+                finish_reason=completion.finish_reason,
+                text=detokenize(token_ids) if detokenize else "",
+                timings=RolloutTimings(*when),
+            )
+
+        rows = zip(completions, logprobs.tolist(), times.tolist(), strict=True)
+        return tuple(rollout(*row) for row in rows)
+
+    def stats(self, num_slots: int, seconds: float) -> RolloutStats:
+        """What it cost, the same on every process of the pipeline."""
         counts = self._model.executions()
         self._link.sum_over_stages(counts)
-        return counts.tolist()
-
-    def agreed(self, number: float) -> float:
-        """The last stage's number."""
-        value = torch.tensor(number, dtype=torch.float64, device=self._model.device)
-        self._link.broadcast_from_last(value)
-        return float(value)
-
-    def _rollout(
-        self,
-        completion: Completion,
-        logprobs: tuple[float, ...],
-        detokenize: Callable[[tuple[int, ...]], str] | None,
-    ) -> Rollout:
-        assert completion.finish_reason is not None, "generation ended before its completions"
-        token_ids = tuple(completion.token_ids)
-        return Rollout(
-            prompt=self._prompts[completion.prompt],
-            prompt_index=self._first_prompt_index + completion.prompt,
-            sample_index=completion.sample,
-            token_ids=token_ids,
-            behavior_logprobs=logprobs,
-            finish_reason=completion.finish_reason,
-            text=detokenize(token_ids) if detokenize else "",
+        attention, mlp = counts.tolist()
+        by_stage = torch.zeros(3, self._link.num_stages, dtype=torch.float64)
+        by_stage[:, self._link.rank] = torch.tensor(
+            [self._link.waited_seconds / seconds, self._cache.num_bytes, seconds]
+        )
+        by_stage = by_stage.to(self._model.device)
+        self._link.sum_over_stages(by_stage)
+        waiting, kv_bytes, all_seconds = by_stage.tolist()
+        scheduler = self._scheduler
+        return RolloutStats(
+            generated_tokens=sum(len(c.token_ids) for c in scheduler.completions),
+            seconds=all_seconds[-1],
+            attention_executions=tuple(attention),
+            mlp_executions=tuple(mlp),
+            stage_of_layer=self._model.stage_of_layer,
+            num_slots=num_slots,
+            kv_cache_bytes=tuple(int(number) for number in kv_bytes),
+            waiting_shares=tuple(waiting),
+            prefilled_tokens=scheduler.prefilled_tokens,
+            decoded_tokens=scheduler.decoded_tokens,
+            drafted_tokens=scheduler.drafted_tokens,
+            accepted_tokens=scheduler.accepted_tokens,
         )
 
-    def _advance(self, lane: _Lane[Cache]) -> None:
-        """Count the last round's tokens; put the next group on the lane if this one is done."""
-        if lane.group is not None:
-            tokens = self._learn_tokens(lane, lane.group)
-            lane.group.accept(tokens)
-            if lane.group.is_done:
-                lane.group = None
-        if lane.group is None and self._queue:
-            numbers = self._queue.popleft()
-            lane.group = SlotGroup(
-                self._model,
-                self._prompts,
-                self._completions[numbers.start : numbers.stop],
-                self._sampling,
-                self._first_prompt_index,
-            )
+    def _advance(self, traffic: _LaneTraffic) -> None:
+        """Count the last round's tokens, and see what the lane does in this one."""
+        if traffic.step is not None:
+            tokens = self._learn_tokens(traffic, traffic.step)
+            now = time.perf_counter() - self._started
+            broken = self._scheduler.accept(traffic.lane, traffic.step, tokens, now)
+            if broken:
+                self._cache.clear(broken)
+        traffic.step = self._scheduler.next_step(traffic.lane)
+        traffic.tokens = None
+        if traffic.step is not None:
+            traffic.tokens = self._token_pass(traffic.step)
 
-    def _learn_tokens(self, lane: _Lane[Cache], group: SlotGroup[Cache]) -> Tensor:
+    def _token_pass(self, step: Step) -> TokenPass:
+        """The step as tensors."""
+        device = self._model.device
+        starts = [row.position + (len(row.drafts) if step.is_draft else 0) for row in step.rows]
+        return TokenPass(
+            slots=torch.tensor([row.slot for row in step.rows], dtype=torch.int64, device=device),
+            positions=torch.tensor(starts, dtype=torch.int64, device=device),
+            width=step.width,
+            span=max(starts, default=-step.width) + step.width,
+            pieces=tuple(step.pieces),
+            copies=tuple(step.copies),
+        )
+
+    def _learn_tokens(self, traffic: _LaneTraffic, step: Step) -> list[list[int]]:
         """What was sampled last round: the last stage knows, the others hear it and pass it on."""
+        if not step.rows:
+            return []
         if self._link.is_last:
-            assert lane.sampled is not None, "the lane's group was not sampled last round"
-            return lane.sampled
-        tokens = self._link.receive_previous((len(group.rows),), torch.int64, self._model.device)
-        lane.complete_sendings()
+            assert traffic.sampled is not None, "the lane's rows were not sampled last round"
+            return traffic.sampled.tolist()
+        tokens = self._link.receive_previous(
+            (len(step.rows), step.width), torch.int64, self._model.device
+        )
+        traffic.complete_sendings()
         if self._link.rank + 1 < self._link.num_stages - 1:
-            lane.sendings.append(self._link.send_next(tokens))
-        return tokens
+            traffic.sendings.append(self._link.send_next(tokens))
+        return tokens.tolist()
 
-    def _pass_chunk(self, lane: _Lane[Cache], chunk: int) -> None:
-        """Take the lane's group through one chunk of this stage."""
-        group = lane.group
-        if group is None:
+    def _pass_chunk(self, traffic: _LaneTraffic, chunk: int) -> None:
+        """Take the lane's tokens through one chunk of this stage."""
+        step, tokens = traffic.step, traffic.tokens
+        if step is None or tokens is None:
             return
-        inputs = self._inputs(lane, group, chunk)
-        if group.is_prefilled:
-            output = self._model.decode(
-                chunk, inputs, group.positions, group.span, group.is_ragged, group.cache
-            )
-        else:
-            output = self._model.prefill(chunk, inputs, group.prompt_lengths, group.cache)
-        if self._link.is_last and chunk == self._model.num_chunks - 1:
-            self._sample(lane, group, output)
-        else:
-            lane.sendings.append(self._link.send_next(output))
+        inputs = self._inputs(traffic, step, tokens, chunk)
+        plan = self._draft_plan if step.is_draft else self._plan
+        output = self._model.forward(chunk, inputs, tokens, self._cache, plan)
+        if not (self._link.is_last and chunk == self._model.num_chunks - 1):
+            traffic.sendings.append(self._link.send_next(output))
+        elif step.rows:
+            traffic.sampled = self._drawing.draw(step, output)
+            if self._link.num_stages > 1:
+                traffic.sendings.append(self._link.send_next(traffic.sampled))
 
-    def _inputs(self, lane: _Lane[Cache], group: SlotGroup[Cache], chunk: int) -> Tensor:
+    def _inputs(self, traffic: _LaneTraffic, step: Step, tokens: TokenPass, chunk: int) -> Tensor:
         """Token ids for the very first chunk, hidden states of the previous chunk for others."""
         if self._link.is_first and chunk == 0:
-            return group.last_tokens[:, None] if group.is_prefilled else group.prompt_tokens
-        shape = (len(group.rows), 1) if group.is_prefilled else tuple(group.prompt_tokens.shape)
+            return torch.tensor(
+                [*step.row_tokens(), *step.piece_tokens],
+                dtype=torch.int64,
+                device=self._model.device,
+            )
         hidden = self._link.receive_previous(
-            (*shape, self._model.hidden_size), self._model.dtype, self._model.device
+            self._model.hidden_shape(tokens.num_tokens), self._model.dtype, self._model.device
         )
         if self._link.is_last and chunk == 0:
-            lane.complete_sendings()
+            traffic.complete_sendings()
         return hidden
-
-    def _sample(self, lane: _Lane[Cache], group: SlotGroup[Cache], logits: Tensor) -> None:
-        """Draw a token for each row and tell the first stage."""
-        if not group.is_prefilled:
-            logits = logits[group.source]
-        tokens, logprobs = sample_tokens(
-            logits,
-            group.uniforms(),
-            self._sampling,
-            vocab_start=self._model.vocab_start,
-            vocab_size=self._model.vocab_size,
-            group=self._model.tensor_group,
-        )
-        self._logprobs[group.sequence_numbers, group.num_generated] = logprobs
-        lane.sampled = tokens
-        if self._link.num_stages > 1:
-            lane.sendings.append(self._link.send_next(tokens))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +32,9 @@ class PipelineLink:
         self._ranks = ranks
         self._group = group
         self._return_group = return_group or group
+        self.waited_seconds = 0.0
+        """Time spent in `receive_previous`; whoever reads it sets it to zero before. Over NCCL a
+        receive returns before the message is there, and this stays near zero."""
 
     @property
     def is_first(self) -> bool:
@@ -56,11 +61,13 @@ class PipelineLink:
     ) -> Tensor:
         """The next message of the previous stage, of the last one for the first."""
         message = torch.empty(shape, dtype=dtype, device=device)
+        started = time.perf_counter()
         dist.recv(
             message,
             src=self._ranks[self.rank - 1],
             group=self._return_group if self.is_first else self._group,
         )
+        self.waited_seconds += time.perf_counter() - started
         return message
 
     def broadcast_from_last(self, values: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
@@ -14,11 +14,14 @@ __all__ = [
     "Rollout",
     "RolloutBatch",
     "RolloutStats",
+    "RolloutTimings",
     "SamplingParams",
 ]
 
-FinishReason = Literal["stop", "length"]
-"""`stop`: the last token is a stop token; `length`: `max_new_tokens` were generated without one."""
+FinishReason = Literal["stop", "length", "nan"]
+"""`stop`: the last token is a stop token, or ends a stop string; `length`: `max_new_tokens` were
+generated without one; `nan`: the next token's logits were no distribution, and the response ends
+before it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class SamplingParams:
     """Keep the fewest likeliest tokens with at least this mass, and any that tie with the last."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response; the one that ended it is its last token."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response as soon as it contains one; it is kept."""
     seed: int = 0
     """Key of the uniform numbers, together with `step`, prompt, sample and position."""
     step: int = 0
@@ -54,6 +59,18 @@ class SamplingParams:
             raise ValueError(f"top_k must be at least 1, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], found {self.top_p}")
+        if "" in self.stop_strings:
+            raise ValueError("a stop string is empty: it would end every response")
+
+
+@dataclass(frozen=True)
+class RolloutTimings:
+    """Seconds since generation of the batch began, as the last pipeline stage saw them."""
+
+    first_token: float
+    """When the response had its first token."""
+    finished: float
+    """When it had its last one."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,8 @@ class Rollout:
     finish_reason: FinishReason
     text: str = ""
     """The response as text; empty until somebody with a tokenizer fills it in."""
+    timings: RolloutTimings | None = field(default=None, compare=False)
+    """Absent where it was not generated here: replayed, or given."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.behavior_logprobs):
@@ -95,6 +114,26 @@ class RolloutStats:
     """For each global layer, how many forward passes ran its MLP."""
     stage_of_layer: tuple[int, ...] = ()
     """For each global layer, the pipeline rank that holds it."""
+    num_slots: int = 0
+    """Sequences that had room at the same time."""
+    kv_cache_bytes: tuple[int, ...] = ()
+    """For each pipeline rank, what one of its tensor-parallel ranks kept of keys and values."""
+    waiting_shares: tuple[float, ...] = ()
+    """For each pipeline rank, share of the time that it waited for messages of other stages."""
+    prefilled_tokens: int = 0
+    """Prompt tokens that ran in pieces of prompts; a prompt's last token is decoded, per sample."""
+    decoded_tokens: int = 0
+    """Tokens that ran in rows: one for each sampled token, and those of finished rows and drafts
+    that were thrown away."""
+    drafted_tokens: int = 0
+    """Tokens that the draft plan proposed."""
+    accepted_tokens: int = 0
+    """Proposed tokens that verification kept."""
+
+    @property
+    def accept_rate(self) -> float:
+        """Share of drafted tokens that were kept; 0 where none were drafted."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
 
     @property
     def tokens_per_second(self) -> float:

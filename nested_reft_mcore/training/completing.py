@@ -13,12 +13,13 @@ from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.observability.progress import Progress
 from nested_reft_mcore.rollout.engine import RolloutEngine
+from nested_reft_mcore.rollout.memory import MOST_SLOTS
 from nested_reft_mcore.rollout.types import Prompt, Rollout, RolloutStats, SamplingParams
 from nested_reft_mcore.training.chunks import cut, gather_on_main, json_numbers, my_part
-from nested_reft_mcore.training.replicas import is_replica_writer
+from nested_reft_mcore.training.sampling import cache_bytes
 
-_GROUPS_PER_STAGE = 4
-"""Slot groups of each stage in a chunk: enough to keep the stages busy, few enough to hold."""
+_SEQUENCES_PER_SLOT = 4
+"""In a chunk: enough to keep the slots busy, few enough to hold."""
 
 
 @dataclass
@@ -68,10 +69,14 @@ def completed_lines(
 ) -> Iterator[Mapping[str, Any]]:
     """Output lines, in input order on rank 0 and none elsewhere; every process has to run it."""
     context = policy.context
-    engine, decoder = RolloutEngine(options.slots_per_group), PolicyDecoder(policy)
-    sequences = options.slots_per_group * _GROUPS_PER_STAGE * context.pipeline.size
+    engine = RolloutEngine(options.max_slots, kv_cache_bytes=cache_bytes(options))
+    decoder = PolicyDecoder(policy)
+    sequences = (options.max_slots or MOST_SLOTS) * _SEQUENCES_PER_SLOT
     prompts_per_replica = max(1, sequences // options.num_samples)
-    skipped = plan.describe() if plan.skipped else None
+    draft_plan = None
+    if options.speculative:
+        plan, draft_plan = LayerSkipPlan.full(plan.num_layers), plan
+    skipped = (draft_plan or plan).describe() if (draft_plan or plan).skipped else None
     progress = Progress("auto" if context.is_main else "off", len(prompts), title="generate")
     with policy.nested(plan), progress:
         for chunk in cut(len(prompts), prompts_per_replica * context.data.size):
@@ -82,8 +87,10 @@ def completed_lines(
                 options.num_samples,
                 sampling,
                 plan,
+                draft_plan=draft_plan,
                 first_prompt_index=shard.start,
-                detokenize=tokenizer.decode if is_replica_writer(context) else None,
+                # Stop strings are looked for on every process.
+                detokenize=tokenizer.decode,
             )
             replicas = gather_on_main(batch, context)
             if not replicas:

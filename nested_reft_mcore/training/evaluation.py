@@ -16,12 +16,12 @@ from nested_reft_mcore.data.stream import shard_range
 from nested_reft_mcore.data.tokenizers import Tokenizer
 from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
-from nested_reft_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
+from nested_reft_mcore.rollout.engine import GenerationInterrupted
 from nested_reft_mcore.rollout.types import RolloutBatch, SamplingParams
 from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.policy_setup import check_room
 from nested_reft_mcore.training.replicas import gather_from_replicas, is_replica_writer
-from nested_reft_mcore.training.sampling import stop_token_ids
+from nested_reft_mcore.training.sampling import build_engine, stop_token_ids
 
 # A step that no training step has: evaluations draw the same numbers whenever they run, so that
 # two of them differ by the policy alone, and none of training's.
@@ -63,7 +63,7 @@ class Evaluator:
         self._policy = policy
         self._decoder = PolicyDecoder(policy)
         self._judge = judge
-        self._engine = RolloutEngine(config.rollout.slots_per_group)
+        self._engine = build_engine(config.rollout)
         prompts = load_prompts(config.data.eval_path, config.data, tokenizer)
         self.prompts = PromptSet(prompts.prompts[: config.evaluation.num_prompts])
         check_room(self.prompts.prompts, config.rollout.max_new_tokens, policy.architecture)
@@ -128,6 +128,7 @@ def _modes(config: Config, stop_ids: tuple[int, ...]) -> list[_Mode]:
         max_new_tokens=config.rollout.max_new_tokens,
         greedy=True,
         stop_token_ids=stop_ids,
+        stop_strings=config.rollout.stop_strings,
         seed=config.seed,
         step=_EVALUATION_STEP,
     )

@@ -20,10 +20,10 @@ from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.rollout.dump import load_rollouts
-from nested_reft_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
+from nested_reft_mcore.rollout.engine import GenerationInterrupted
 from nested_reft_mcore.rollout.types import RolloutBatch
 from nested_reft_mcore.training.judge import Judge
-from nested_reft_mcore.training.sampling import training_sampling
+from nested_reft_mcore.training.sampling import build_engine, training_sampling
 
 
 class ExperienceSource(Protocol):
@@ -70,13 +70,15 @@ class GeneratedExperience:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._judge = judge
-        self._engine = RolloutEngine(config.rollout.slots_per_group)
+        self._engine = build_engine(config.rollout)
+        longest = max(len(prompt.token_ids) for prompt in prompts.prompts)
+        self._engine.check_room(self._decoder, policy.plan, longest + config.rollout.max_new_tokens)
         self._stream = PromptStream(len(prompts), config.rollout.prompts_per_step, config.seed)
 
     def collect(
         self, step: int, plan: LayerSkipPlan, timers: Timers
     ) -> tuple[RolloutBatch, Tensor]:
-        """Generate under `plan`, then judge."""
+        """Generate under `plan`, or at full depth with drafts made under it, then judge."""
         data = self._policy.context.data
         batch = [self._prompts[index] for index in self._stream.next()]
         share = shard_range(len(batch), data.rank, data.size)
@@ -85,6 +87,9 @@ class GeneratedExperience:
             fault_point("mid-rollout", step, self._policy.context.rank)
             return self._interrupted()
 
+        draft_plan = None
+        if self._config.rollout.mode == "speculative":
+            plan, draft_plan = LayerSkipPlan.full(plan.num_layers), plan
         rollouts = None
         with timers("gen"), self._policy.nested(plan), suppress(GenerationInterrupted):
             rollouts = self._engine.generate(
@@ -93,6 +98,7 @@ class GeneratedExperience:
                 self._config.rollout.group_size,
                 training_sampling(self._config, self._tokenizer, step),
                 plan,
+                draft_plan=draft_plan,
                 first_prompt_index=share.start,
                 detokenize=self._tokenizer.decode,
                 interrupted=interrupted,

@@ -47,6 +47,11 @@ def generate_file(options: GenerateOptions, context: ParallelContext) -> None:
     tokenizer = load_policy_tokenizer(model, options.tokenizer_path, architecture)
     sampling = _sampling(options, tokenizer)
     plan = _generation_plan(options, architecture, context)
+    if options.speculative and not plan.skipped:
+        raise UserError(
+            "--speculative: the model with layers skipped is to draft, and nothing is skipped; add "
+            "--skip-layers or --skip-ratio"
+        )
     prompts = _read_prompts(options, tokenizer, architecture)
     policy = load_policy(model, options.parallel, context)
     totals = GenerationTotals()
@@ -134,6 +139,7 @@ def _sampling(options: GenerateOptions, tokenizer: Tokenizer) -> SamplingParams:
         top_k=options.top_k,
         top_p=options.top_p,
         stop_token_ids=stop_token_ids(tokenizer, options.stop_tokens),
+        stop_strings=options.stop_strings,
         seed=options.seed,
     )
 

@@ -34,6 +34,12 @@ def rollout_metrics(
         "perf/total_num_tokens": generated + sum(columns["prompt_length"]),
         "perf/generated_tokens": generated,
     }
+    drafted, accepted = sum(columns["drafted"]), sum(columns["accepted"])
+    if drafted:
+        metrics["nested/accept_rate"] = accepted / drafted
+    metrics["rollout/num_nan"] = sum(columns["is_nan"])
+    metrics["rollout/waiting_share"] = max(columns["waiting_shares"], default=0.0)
+    metrics["rollout/kv_cache_gb"] = max(columns["kv_cache_bytes"], default=0) / 1e9
     seconds = max(columns["seconds"])
     if seconds > 0:
         metrics["perf/generated_tokens_per_second"] = generated / seconds
@@ -54,7 +60,12 @@ def _columns(rollouts: RolloutBatch, rewards: Tensor) -> dict[str, list[Any]]:
         "response_length": [len(rollout.token_ids) for rollout in rollouts.rollouts],
         "prompt_length": [len(rollout.prompt.token_ids) for rollout in rollouts.rollouts],
         "is_clipped": [float(r.finish_reason == "length") for r in rollouts.rollouts],
+        "is_nan": [float(r.finish_reason == "nan") for r in rollouts.rollouts],
         "seconds": [rollouts.stats.seconds],
+        "drafted": [rollouts.stats.drafted_tokens],
+        "accepted": [rollouts.stats.accepted_tokens],
+        "waiting_shares": list(rollouts.stats.waiting_shares),
+        "kv_cache_bytes": list(rollouts.stats.kv_cache_bytes),
         "layer_passes": list(rollouts.stats.layer_executions),
     }
 

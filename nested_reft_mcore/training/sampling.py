@@ -1,11 +1,28 @@
-"""Sampling parameters of training rollouts."""
+"""How completions are generated: the engine, and the parameters of sampling."""
 
 from __future__ import annotations
 
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.config.schema import Config
+from nested_reft_mcore.config.inference import GenerateOptions
+from nested_reft_mcore.config.schema import Config, RolloutConfig
 from nested_reft_mcore.data.tokenizers import Tokenizer
+from nested_reft_mcore.rollout.engine import RolloutEngine
 from nested_reft_mcore.rollout.types import SamplingParams
+
+
+def build_engine(options: RolloutConfig) -> RolloutEngine:
+    """The engine of a run."""
+    return RolloutEngine(
+        options.max_slots,
+        kv_cache_bytes=cache_bytes(options),
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_draft_tokens=options.max_draft_tokens,
+    )
+
+
+def cache_bytes(options: RolloutConfig | GenerateOptions) -> int | None:
+    """`kv_cache_gb` in bytes."""
+    return None if options.kv_cache_gb is None else int(options.kv_cache_gb * 1e9)
 
 
 def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, ...]:
@@ -32,6 +49,7 @@ def training_sampling(config: Config, tokenizer: Tokenizer, step: int) -> Sampli
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
         stop_token_ids=stop_token_ids(tokenizer, config.rollout.stop_tokens),
+        stop_strings=config.rollout.stop_strings,
         seed=config.seed,
         step=step,
     )

@@ -157,7 +157,7 @@ def skip_schedule(config: Config, policy: Policy) -> LayerSkipSchedule:
     return LayerSkipSchedule(
         law=config.nested.law,
         num_layers=num_layers,
-        num_skipped=num_skipped(config.nested, num_layers),
+        num_skipped=0 if config.rollout.mode == "full" else num_skipped(config.nested, num_layers),
         border_layers=config.nested.border_layers,
         part=config.nested.part,
         stage_of_layer=policy.stage_of_layer,

@@ -30,7 +30,7 @@ def test_replicas_share_prompts_and_completions(tmp_path: Path):
             skip_layers="2",
             # Two completions at once: several chunks.
             num_samples=2,
-            slots_per_group=2,
+            max_slots=2,
             max_new_tokens=10,
             seed=4,
         )

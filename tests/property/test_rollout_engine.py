@@ -1,95 +1,22 @@
 """The engine's bookkeeping: rows, positions, caches and random numbers stay together.
 
-The model is a real one of its kind: its logits hang on every token so far and on its position, so a
-row that is mixed up with another, or a token that is lost, shows. Pipelines of processes and the
-transformer are tested in tests/distributed.
+Pipelines of processes and the transformer are tested in tests/distributed.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hash_model import DRAFT_PLAN, PLAN, VOCAB_SIZE, HashModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from nested_reft_mcore.algorithm.counter_random import Stream, uniforms
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.rollout.engine import RolloutEngine
-from nested_reft_mcore.rollout.pipeline_link import PipelineLink
 from nested_reft_mcore.rollout.sampling import sample_tokens
-from nested_reft_mcore.rollout.slot_group import cut_into_groups
 from nested_reft_mcore.rollout.types import Prompt, SamplingParams
-
-VOCAB_SIZE = 11
-NUM_STATES = 1009
-PLAN = LayerSkipPlan.full(1)
-
-
-class RunningState:
-    """Cache of the model below: one number per row."""
-
-    def __init__(self, source: Tensor) -> None:
-        self.source = source
-        self.states = torch.zeros_like(source)
-
-    def select(self, rows: Tensor) -> None:
-        self.source, self.states = self.source[rows], self.states[rows]
-
-
-class HashModel:
-    """A finite automaton over (state, token, position); its state picks a row of logits."""
-
-    def __init__(self) -> None:
-        self.link = PipelineLink()
-        self.num_chunks = 1
-        self.tensor_group = None
-        self.vocab_start = 0
-        self.vocab_size = VOCAB_SIZE
-        self.hidden_size = 1
-        self.max_length = 64
-        self.dtype = torch.float32
-        self.device = torch.device("cpu")
-        self.stage_of_layer = (0,)
-        self.plan = PLAN
-        self.table = torch.randn(NUM_STATES, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-        self.rows_run = 0
-
-    def begin(self) -> None:
-        self.rows_run = 0
-
-    def executions(self) -> Tensor:
-        return torch.full((2, 1), self.rows_run)
-
-    def new_cache(self, source: Tensor, max_length: int) -> RunningState:
-        return RunningState(source)
-
-    def step(self, states: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        return (states * 31 + tokens * 7 + positions * 3 + 1) % NUM_STATES
-
-    def prefill(self, chunk: int, inputs: Tensor, lengths: Tensor, cache: RunningState) -> Tensor:
-        states = torch.zeros_like(lengths)
-        for position in range(inputs.shape[1]):
-            stepped = self.step(states, inputs[:, position], torch.tensor(position))
-            states = torch.where(position < lengths, stepped, states)
-        cache.states = states[cache.source]
-        self.rows_run += len(lengths)
-        return self.table[states]
-
-    def decode(
-        self,
-        chunk: int,
-        inputs: Tensor,
-        positions: Tensor,
-        span: int,
-        ragged: bool,
-        cache: RunningState,
-    ) -> Tensor:
-        assert int(positions.max()) < span
-        assert ragged or len(set(positions.tolist())) == 1
-        cache.states = self.step(cache.states, inputs[:, 0], positions)
-        self.rows_run += len(positions)
-        return self.table[cache.states]
 
 
 def complete_alone(
@@ -101,7 +28,7 @@ def complete_alone(
         state = model.step(state, torch.tensor(token), torch.tensor(position))
     tokens: list[int] = []
     logprobs: list[float] = []
-    while len(tokens) < sampling.max_new_tokens:
+    while len(tokens) < (prompt.max_new_tokens or sampling.max_new_tokens):
         key = (sampling.seed, sampling.step, prompt_index, sample, len(tokens))
         token, logprob = sample_tokens(
             model.table[state],
@@ -120,31 +47,41 @@ def complete_alone(
 
 
 PROMPTS = st.lists(
-    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=6), min_size=1, max_size=5
+    st.builds(
+        Prompt,
+        st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=9).map(tuple),
+        st.just(""),
+        max_new_tokens=st.none() | st.integers(1, 12),
+    ),
+    min_size=1,
+    max_size=5,
+)
+ENGINES = st.builds(
+    RolloutEngine,
+    st.none() | st.integers(1, 9),
+    max_num_batched_tokens=st.integers(1, 20),
+    batching=st.sampled_from(["continuous", "static"]),
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     PROMPTS,
     st.integers(1, 4),
-    st.integers(1, 9),
-    st.integers(1, 12),
+    ENGINES,
     st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=3),
     st.integers(0, 50),
 )
 def test_rollouts_equal_completions_made_alone(
-    prompt_ids: list[list[int]],
+    prompts: list[Prompt],
     num_samples: int,
-    slots: int,
-    max_new_tokens: int,
+    engine: RolloutEngine,
     stops: set[int],
     first_prompt_index: int,
 ) -> None:
-    prompts = [Prompt(tuple(ids), "") for ids in prompt_ids]
-    sampling = SamplingParams(max_new_tokens, stop_token_ids=tuple(stops), seed=3, step=5)
+    sampling = SamplingParams(12, stop_token_ids=tuple(stops), seed=3, step=5)
     model = HashModel()
-    batch = RolloutEngine(slots).generate(
+    batch = engine.generate(
         model, prompts, num_samples, sampling, PLAN, first_prompt_index=first_prompt_index
     )
     assert batch.num_prompts == len(prompts)
@@ -158,31 +95,116 @@ def test_rollouts_equal_completions_made_alone(
         assert (list(rollout.token_ids), list(rollout.behavior_logprobs)) == expected
         stopped = rollout.token_ids[-1] in stops
         assert rollout.finish_reason == ("stop" if stopped else "length")
+        assert rollout.timings is not None
+        assert 0 < rollout.timings.first_token <= rollout.timings.finished <= batch.stats.seconds
     assert batch.stats.generated_tokens == sum(len(r.token_ids) for r in batch.rollouts)
+    # A prompt is prefilled once, however its samples came into their slots.
+    assert batch.stats.prefilled_tokens == sum(len(p.token_ids) - 1 for p in prompts)
+    assert batch.stats.decoded_tokens == model.rows_run
+    if engine.batching == "continuous":
+        assert batch.stats.decoded_tokens == batch.stats.generated_tokens
+    most = max(1, engine.max_num_batched_tokens)
+    for tokens in model.passes:
+        assert tokens.num_tokens <= most or sum(p.length for p in tokens.pieces) <= 1
 
 
-def test_finished_rows_leave() -> None:
-    """Half-empty groups shrink: fewer rows run than if all stayed to the end."""
+@settings(max_examples=25)
+@given(PROMPTS, st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(1, 20))
+def test_speculation_keeps_rows_and_counts_together(
+    prompts: list[Prompt], num_samples: int, slots: int, most_drafted: int, batched: int
+) -> None:
+    """Greedy drafts change how a completion is made, never the completion."""
+    sampling = SamplingParams(12, greedy=True, stop_token_ids=(3,))
+    model = HashModel()
+    plain = RolloutEngine(slots).generate(model, prompts, num_samples, sampling, PLAN)
+    engine = RolloutEngine(slots, max_num_batched_tokens=batched, max_draft_tokens=most_drafted)
+    drafted = engine.generate(model, prompts, num_samples, sampling, PLAN, draft_plan=DRAFT_PLAN)
+    assert drafted.rollouts == plain.rollouts
+    stats = drafted.stats
+    assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
+    assert stats.decoded_tokens == model.rows_run
+    assert stats.prefilled_tokens == sum(len(p.token_ids) - 1 for p in prompts)
+
+
+def test_speculation_drafts_and_saves_passes() -> None:
+    sampling = SamplingParams(40, greedy=True)
+    prompts = [Prompt((i,), "") for i in range(4)]
+    model = HashModel()
+    model.draft_table = model.table
+    stats = RolloutEngine().generate(model, prompts, 1, sampling, PLAN, draft_plan=DRAFT_PLAN).stats
+    verifications = sum(tokens.width > 1 for tokens in model.passes)
+    assert stats.accept_rate == 1.0
+    assert 0 < verifications < 20
+
+
+def test_finished_rows_leave_and_others_come() -> None:
+    """Slots stay full: rows run for nothing but tokens that are kept."""
     sampling = SamplingParams(40, stop_token_ids=(0, 1, 2))
     model = HashModel()
     prompts = [Prompt((i % VOCAB_SIZE, i // VOCAB_SIZE), "") for i in range(40)]
-    batch = RolloutEngine(40).generate(model, prompts, 1, sampling, PLAN)
-    longest = max(len(rollout.token_ids) for rollout in batch.rollouts)
-    assert model.rows_run < 0.6 * 40 * longest
-    assert model.rows_run <= 2 * batch.stats.generated_tokens + 40
+    batch = RolloutEngine(8).generate(model, prompts, 1, sampling, PLAN)
+    waiting = 40
+    for tokens in model.passes:
+        waiting -= len(tokens.pieces)
+        assert len(tokens.slots) == 8 or waiting == 0
+    static = RolloutEngine(8, batching="static").generate(model, prompts, 1, sampling, PLAN)
+    assert static.rollouts == batch.rollouts
+    assert static.stats.decoded_tokens > 1.5 * batch.stats.decoded_tokens
 
 
-@given(st.integers(0, 20), st.integers(1, 9), st.integers(1, 20), st.integers(1, 5))
-def test_groups_cover_every_sequence_once_and_fit(
-    num_prompts: int, num_samples: int, slots: int, num_stages: int
-) -> None:
-    groups = cut_into_groups(num_prompts, num_samples, slots, num_stages)
-    total = num_prompts * num_samples
-    assert [number for group in groups for number in group] == list(range(total))
-    assert all(0 < len(group) <= slots for group in groups)
-    assert len(groups) >= min(num_stages, total)
-    if num_samples <= slots and num_prompts >= num_stages:
-        assert all(group.start % num_samples == 0 for group in groups)
+def test_stop_strings_end_a_response() -> None:
+    """Also where the string spans tokens; the limit still holds for others."""
+    sampling = SamplingParams(40, seed=1, stop_strings=("1,2", "7,"))
+
+    def detokenize(ids: tuple[int, ...]) -> str:
+        return "".join(f"{token}," for token in ids)
+
+    prompts = [Prompt((i,), "") for i in range(8)]
+    batch = RolloutEngine(3).generate(
+        HashModel(), prompts, 2, sampling, PLAN, detokenize=detokenize
+    )
+    plain = RolloutEngine(3).generate(HashModel(), prompts, 2, SamplingParams(40, seed=1), PLAN)
+    reasons = set()
+    for stopped, unstopped in zip(batch.rollouts, plain.rollouts, strict=True):
+        texts = [detokenize(unstopped.token_ids[:n]) for n in range(41)]
+        length = next((n for n, text in enumerate(texts) if "1,2" in text or "7," in text), 40)
+        assert stopped.token_ids == unstopped.token_ids[:length]
+        assert stopped.text == texts[length]
+        reasons.add(stopped.finish_reason)
+    assert "stop" in reasons
+    with pytest.raises(ValueError, match="need `detokenize`"):
+        RolloutEngine().generate(HashModel(), prompts, 1, sampling, PLAN)
+
+
+def test_logits_that_are_no_distribution_end_one_response_alone() -> None:
+    model = HashModel()
+    prompts = [Prompt((i,), "") for i in range(8)]
+    sampling = SamplingParams(20, seed=2)
+    sound = RolloutEngine(3).generate(model, prompts, 1, sampling, PLAN)
+    victim = sound.rollouts[4]
+    state = torch.tensor(0)
+    for position, token in enumerate((*victim.prompt.token_ids, *victim.token_ids[:6])):
+        state = model.step(state, torch.tensor(token), torch.tensor(position))
+    model.table[state, 5] = float("nan")
+    batch = RolloutEngine(3).generate(model, prompts, 1, sampling, PLAN)
+    broken = batch.rollouts[4]
+    assert (broken.token_ids, broken.finish_reason) == (victim.token_ids[:6], "nan")
+    assert len(broken.behavior_logprobs) == 6
+    others = [i for i in range(8) if i != 4]
+    assert [batch.rollouts[i] for i in others] == [sound.rollouts[i] for i in others]
+    # Whatever is not finite in its slot is gone before the slot's next sequence.
+    assert len(model.caches[-1].cleared) == 1
+
+
+def test_end_of_sequence_at_once_and_a_single_token() -> None:
+    everything = tuple(range(VOCAB_SIZE))
+    prompts = [Prompt((1, 2, 3), ""), Prompt((4,), "")]
+    sampling = SamplingParams(9, stop_token_ids=everything)
+    batch = RolloutEngine().generate(HashModel(), prompts, 2, sampling, PLAN)
+    assert [len(r.token_ids) for r in batch.rollouts] == [1] * 4
+    assert {r.finish_reason for r in batch.rollouts} == {"stop"}
+    batch = RolloutEngine().generate(HashModel(), prompts, 2, SamplingParams(1), PLAN)
+    assert {(len(r.token_ids), r.finish_reason) for r in batch.rollouts} == {(1, "length")}
 
 
 def test_no_prompts_make_an_empty_batch() -> None:
@@ -203,9 +225,32 @@ def test_text_comes_from_the_tokens() -> None:
     [
         ((), PLAN, "no tokens"),
         ((1,) * 62, PLAN, "has 62 tokens"),
-        ((1,), LayerSkipPlan.parse("0", 1), "under plan 0"),
+        ((1,), LayerSkipPlan.parse("0", 2), "under plan 0"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(prompt, plan, message) -> None:
     with pytest.raises(ValueError, match=message):
         RolloutEngine(4).generate(HashModel(), [Prompt(prompt, "")], 1, SamplingParams(3), plan)
+
+
+@pytest.mark.parametrize("options", [{"max_slots": 0}, {"max_num_batched_tokens": 0}])
+def test_engines_without_room_are_refused(options) -> None:
+    with pytest.raises(ValueError, match="must be at least 1, found 0"):
+        RolloutEngine(**options)
+
+
+def test_slots_follow_from_memory() -> None:
+    """A slot of 12 positions takes 96 bytes here, and half of what is free may be used."""
+    prompts = [Prompt((1, 2, 3), "")] * 9
+    model = HashModel()
+    model.room = 2 * 96 * 5 + 10
+    batch = RolloutEngine().generate(model, prompts, 1, SamplingParams(10), PLAN)
+    assert (batch.stats.num_slots, batch.stats.kv_cache_bytes) == (5, (5 * 96,))
+    batch = RolloutEngine(kv_cache_bytes=96 * 3).generate(
+        model, prompts, 1, SamplingParams(10), PLAN
+    )
+    assert batch.stats.num_slots == 3
+    model.room = 100
+    with pytest.raises(UserError, match=r"one sequence of 12 tokens .* missing"):
+        RolloutEngine().generate(model, prompts, 1, SamplingParams(10), PLAN)
+    assert len(model.caches) == 2, "memory was taken before it was known to be there"
