@@ -116,6 +116,7 @@ def serve(settings: dict[str, Any]) -> None:
     options = BenchRolloutOptions(**settings, parallel=parallel)
     context = initialize_parallel(parallel, ranks, seed=0)
     policy = load_policy(options.model(), parallel, context)
+    generator = Generator(policy)
     num_layers = policy.architecture.num_layers
 
     def answer(content: dict[str, Any]) -> None:
@@ -131,9 +132,14 @@ def serve(settings: dict[str, Any]) -> None:
             Prompt(tuple(ids), "", max_new_tokens=limit)
             for ids, limit in zip(request["prompts"], limits, strict=True)
         ]
-        generator = Generator(policy, request["max_slots"], batching=request["batching"])
-        plan = LayerSkipPlan.parse(request["plan"], num_layers)
-        timing = generator.run(prompts, request["num_samples"], request["new_tokens"], plan)
+        timing = generator.run(
+            prompts,
+            request["num_samples"],
+            request["new_tokens"],
+            LayerSkipPlan.parse(request["plan"], num_layers),
+            max_slots=request["max_slots"],
+            batching=request["batching"],
+        )
         answer(asdict(timing))
     shutdown()
 

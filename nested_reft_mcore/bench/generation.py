@@ -5,77 +5,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
-
-import torch
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.bench.workload import Timing
 from nested_reft_mcore.mcore.agreement import barrier
 from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.engine import ROUNDS_BETWEEN_QUESTIONS, RolloutEngine
+from nested_reft_mcore.rollout.scheduler import Batching
 from nested_reft_mcore.rollout.types import Prompt, SamplingParams
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is generated: every sequence gets exactly `new_tokens` tokens."""
-
-    num_prompts: int
-    num_samples: int
-    prompt_tokens: int
-    new_tokens: int
-
-    @property
-    def num_sequences(self) -> int:
-        """Completions."""
-        return self.num_prompts * self.num_samples
-
-    @property
-    def num_tokens(self) -> int:
-        """Generated tokens."""
-        return self.num_sequences * self.new_tokens
-
-    def describe(self) -> str:
-        """Such as `16 x 64 + 64`; samples of one prompt are written as `1 (8 samples)`."""
-        samples = f" ({self.num_samples} samples)" if self.num_samples > 1 else ""
-        return f"{self.num_prompts}{samples} x {self.prompt_tokens} + {self.new_tokens}"
-
-    def prompts(self, vocab_size: int, seed: int) -> list[list[int]]:
-        """The prompts' token ids, the same on every process."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = (self.num_prompts, self.prompt_tokens)
-        return torch.randint(vocab_size, shape, generator=generator).tolist()
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one generation took."""
-
-    seconds: float
-    """Wall-clock time, prefill included."""
-    step_seconds: float | None
-    """Time of one token of all sequences, once all are prefilled; None where too few were seen."""
-    waiting_shares: tuple[float, ...]
-    """By stage, the share of the time spent waiting for another one."""
-    kv_cache_bytes: tuple[int, ...]
-    """By stage, what the caches took."""
-    num_slots: int
-    """Sequences that there was room for."""
-    prefilled_tokens: int
-    """Prompt tokens that went through the model."""
 
 
 class Generator:
     """Generates with a policy as often as asked, and tells the time."""
 
-    def __init__(self, policy: Policy, max_slots: int = 64, **engine_options: Any) -> None:
-        """`max_slots`: sequences that are decoded together."""
+    def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._decoder = PolicyDecoder(policy)
-        self._engine = RolloutEngine(max_slots, **engine_options)
 
     def run(
         self,
@@ -83,9 +30,16 @@ class Generator:
         num_samples: int,
         new_tokens: int,
         plan: LayerSkipPlan,
+        *,
+        max_slots: int | None = None,
+        batching: Batching = "continuous",
         seed: int = 0,
     ) -> Timing:
-        """Generate at temperature 1 with no stop token. Every process of the policy calls it."""
+        """Generate at temperature 1 with no stop token. Every process of the policy calls it.
+
+        `max_slots`: sequences decoded at the same time; all of them if left out.
+        """
+        engine = RolloutEngine(max_slots or len(prompts) * num_samples, batching=batching)
         marks: list[float] = []
 
         def mark() -> bool:
@@ -97,18 +51,18 @@ class Generator:
         barrier()
         started = time.perf_counter()
         with self._policy.nested(plan):
-            batch = self._engine.generate(
+            batch = engine.generate(
                 self._decoder, prompts, num_samples, sampling, plan, interrupted=mark
             )
         seconds = time.perf_counter() - started
-        stats: Any = batch.stats
+        stats = batch.stats
         return Timing(
             seconds=seconds,
             step_seconds=_step_seconds(marks),
-            waiting_shares=getattr(stats, "waiting_shares", ()),
-            kv_cache_bytes=getattr(stats, "kv_cache_bytes", ()),
-            num_slots=getattr(stats, "num_slots", 0),
-            prefilled_tokens=getattr(stats, "prefilled_tokens", 0),
+            waiting_shares=stats.waiting_shares,
+            kv_cache_bytes=stats.kv_cache_bytes,
+            num_slots=stats.num_slots,
+            prefilled_tokens=stats.prefilled_tokens,
         )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from nested_reft_mcore.bench.cases import FULL, Case, all_key
 from nested_reft_mcore.bench.ceiling import skipped_share, speedup_ceiling
-from nested_reft_mcore.bench.generation import Timing, Workload
 from nested_reft_mcore.bench.hardware import Machine, StepBound
+from nested_reft_mcore.bench.workload import Timing, Workload
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Row:
     kv_cache_bytes: tuple[int, ...]
     """By stage, as the engine has allocated them."""
     kv_formula_bytes: tuple[int, ...]
-    """By stage, what the active attentions need for these sequences."""
+    """By stage, what the active attentions need for the slots that there were."""
 
 
 @dataclass(frozen=True)

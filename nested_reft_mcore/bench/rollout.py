@@ -17,7 +17,7 @@ import torch
 
 from nested_reft_mcore.bench.cases import Case, make_cases
 from nested_reft_mcore.bench.ceiling import kv_formula_bytes
-from nested_reft_mcore.bench.generation import Generator, Timing, Workload, as_prompts
+from nested_reft_mcore.bench.generation import Generator, as_prompts
 from nested_reft_mcore.bench.hardware import Machine, measure_machine, step_bound
 from nested_reft_mcore.bench.peer_set import PeerSet
 from nested_reft_mcore.bench.peers import Peer, TransformersPeer, VllmPeer
@@ -33,6 +33,7 @@ from nested_reft_mcore.bench.results import (
     make_rows,
 )
 from nested_reft_mcore.bench.rounds import run_rounds
+from nested_reft_mcore.bench.workload import Timing, Workload
 from nested_reft_mcore.config.bench import BenchRolloutOptions, PeerName
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.agreement import barrier, gather_all, on_main
@@ -156,7 +157,7 @@ class _Bench:
             timings,
             load.workload,
             self._policy.stage_of_layer,
-            [self._kv_formula(case, load) for case in self._cases],
+            [self._kv_formula(case, load, timings[case.key][-1].num_slots) for case in self._cases],
             decode_only=load.context is not None,
         )
         return WorkloadResult(
@@ -189,7 +190,7 @@ class _Bench:
             workload.num_samples,
             workload.new_tokens,
             case.plan,
-            self._options.seed,
+            seed=self._options.seed,
         )
 
     def _expected_seconds(self) -> float:
@@ -203,12 +204,12 @@ class _Bench:
             expected += load.num_rounds * seconds
         return expected
 
-    def _kv_formula(self, case: Case, load: _Load) -> tuple[int, ...]:
+    def _kv_formula(self, case: Case, load: _Load, num_slots: int) -> tuple[int, ...]:
         shape, workload = self._policy.architecture, load.workload
         return kv_formula_bytes(
             case.plan,
             self._policy.stage_of_layer,
-            workload.num_sequences,
+            num_slots,
             # The last token is never read back.
             workload.prompt_tokens + workload.new_tokens - 1,
             shape.num_query_groups // self._context.tensor.size,
