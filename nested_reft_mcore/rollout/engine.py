@@ -22,11 +22,11 @@ from torch import Tensor
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.rollout.completion import Completion, Detokenize, StopRule
 from nested_reft_mcore.rollout.decode_model import Cache, DecodeModel
-from nested_reft_mcore.rollout.draft_length import DraftLength
 from nested_reft_mcore.rollout.drawing import Drawing
 from nested_reft_mcore.rollout.memory import check_one_fits, choose_num_slots
 from nested_reft_mcore.rollout.pipeline_link import Sending
 from nested_reft_mcore.rollout.scheduler import Batching, Lane, Scheduler, Step
+from nested_reft_mcore.rollout.draft_length import DraftLength
 from nested_reft_mcore.rollout.token_pass import TokenPass
 from nested_reft_mcore.rollout.types import (
     Prompt,

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nested_reft_mcore.rollout.completion import Completion, StopRule
-from nested_reft_mcore.rollout.draft_length import DraftLength
 from nested_reft_mcore.rollout.sampling import NO_TOKEN
+from nested_reft_mcore.rollout.draft_length import DraftLength
 from nested_reft_mcore.rollout.token_pass import PrefixCopy, PromptPiece
 from nested_reft_mcore.rollout.types import Prompt
 
