@@ -94,6 +94,7 @@ def test_several_mistakes_are_one_error(room):
         ),
         ("rollout.top_p=0.9", ("rollout.top_p=0.9", "kept mass")),
         ("nested.num_skipped=11", ("11 layers to skip", "leave 10")),
+        ("rollout.max_new_tokens=0", ("rollout.max_new_tokens", "greater than 0")),
         ("data.train_path=gone.jsonl", ("data.train_path: gone.jsonl does not exist",)),
         ("data.train_path=null", ("data.train_path is missing",)),
         ("model={hf_path: gone}", ("gone/config.json",)),

@@ -232,6 +232,38 @@ def test_a_stop_token_ends_a_completion(room: Path, tmp_path: Path):
         assert line["token_ids"] == expected
 
 
+def test_a_stop_string_ends_a_completion(room: Path, tmp_path: Path):
+    """The text may span tokens, and every stage sees it."""
+    plain = generate(room, tmp_path / "plain.jsonl", "--seed", 4)
+    words = plain[0]["text"].split()
+    stop = f"{words[1]} {words[2]}"
+    (first, *_) = generate(room, tmp_path / "out.jsonl", "--seed", 4, "--stop-string", stop)
+    assert first["text"].split() == words[:3]
+    assert first["finish_reason"] == "stop"
+    assert first["token_ids"] == plain[0]["token_ids"][:3]
+
+
+def test_speculation_is_lossless(room: Path, tmp_path: Path):
+    """Greedy gives the full model's tokens; sampled tokens have the full model's log-probs."""
+    skip = ("--skip-layers", "1,2.attention")
+    full = generate(room, tmp_path / "full.jsonl", "--greedy")
+    drafted = generate(room, tmp_path / "greedy.jsonl", "--greedy", "--speculative", *skip)
+    assert [line["token_ids"] for line in drafted] == [line["token_ids"] for line in full]
+    options = ("--speculative", "--logprobs", "--num-samples", 3)
+    sampled = generate(room, tmp_path / "sampled.jsonl", *options, *skip)
+    model = reference_model(room / "model")
+    for line in sampled:
+        expected = reference_logprobs(model, line["prompt_token_ids"], line["token_ids"])
+        assert line["logprobs"] == pytest.approx(expected, abs=1e-5)
+    done = call(
+        "generate",
+        *("--hf", room / "model", "--prompts", room / "prompts.jsonl"),
+        *("--output", tmp_path / "no.jsonl", "--speculative", "--max-new-tokens", 4),
+    )
+    assert done.exit_code == 2
+    assert "nothing is skipped" in done.output
+
+
 def test_a_share_of_layers_is_drawn_from_the_seed(room: Path, tmp_path: Path):
     files = ("--hf", room / "model", "--prompts", room / "prompts.jsonl")
     options = ("--greedy", "--max-new-tokens", NEW_TOKENS, "--skip-ratio", 0.25)

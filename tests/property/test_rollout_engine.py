@@ -254,3 +254,43 @@ def test_slots_follow_from_memory() -> None:
     with pytest.raises(UserError, match=r"one sequence of 12 tokens .* missing"):
         RolloutEngine().generate(model, prompts, 1, SamplingParams(10), PLAN)
     assert len(model.caches) == 2, "memory was taken before it was known to be there"
+
+
+def law_of_two_tokens(model: HashModel, table: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    """Probability of every pair of first tokens, `[vocab, vocab]` float64."""
+    state = torch.tensor(0)
+    for position, token in enumerate(prompt.token_ids):
+        state = model.step(state, torch.tensor(token), torch.tensor(position))
+    first = table[state].double().softmax(0)
+    tokens = torch.arange(VOCAB_SIZE)
+    states = model.step(state, tokens, torch.tensor(len(prompt.token_ids)))
+    return first[:, None] * table[states].double().softmax(1)
+
+
+def test_speculation_samples_from_the_full_policy() -> None:
+    """Pairs of tokens of 6,000 completions against both laws, by total variation and chi-square."""
+    model = HashModel()
+    prompt = Prompt((5, 2), "")
+    num_samples = 6000
+    batch = RolloutEngine(max_draft_tokens=2).generate(
+        model, [prompt], num_samples, SamplingParams(2, seed=7), PLAN, draft_plan=DRAFT_PLAN
+    )
+    counts = torch.zeros(VOCAB_SIZE, VOCAB_SIZE, dtype=torch.float64)
+    for rollout in batch.rollouts:
+        counts[rollout.token_ids] += 1
+    target = law_of_two_tokens(model, model.table, prompt)
+    draft = law_of_two_tokens(model, model.draft_table, prompt)
+    found = counts / num_samples
+    # What sampling alone does to the total variation, on average, is half the sum of these.
+    noise = 0.5 * (2 * target * (1 - target) / (torch.pi * num_samples)).sqrt().sum()
+    assert 0.5 * (found - target).abs().sum() < 1.3 * noise
+    assert 0.5 * (found - draft).abs().sum() > 4 * noise
+    expected = target * num_samples
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    degrees = VOCAB_SIZE**2 - 1
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
+    for rollout in batch.rollouts[:50]:
+        first, second = rollout.token_ids
+        assert sum(rollout.behavior_logprobs) == pytest.approx(
+            float(target[first, second].log()), abs=1e-5
+        )

@@ -117,6 +117,7 @@ CONTRADICTIONS = [
     ({"optimizer": {"lr": 1e-5, "min_lr": 1e-4}}, "optimizer.min_lr=0.0001 is above"),
     ({"optimizer": {"lr_decay_style": "WSD"}}, "lr_wsd_decay_steps"),
     ({"nested": {"skip_ratio": 0.2, "num_skipped": 2}}, "set one of them"),
+    ({"rollout": {"mode": "speculative"}}, "nested skips nothing"),
     ({"nested": {"num_skipped": 11}}, "11 layers to skip, but 12 layers"),
     ({"nested": {"num_skipped": 3, "border_layers": 5}}, "leave 2 that may be skipped"),
     ({"nested": {"skip_ratio": 0.9}}, "nested: 11 layers to skip"),
