@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nested_reft_mcore.bench.line_worker import LineWorker, WorkerFailed
 from nested_reft_mcore.bench.peer_set import PeerSet
@@ -76,6 +77,64 @@ def test_vllm_without_an_interpreter_or_without_vllm():
 def test_transformers_without_a_model(tmp_path: Path):
     with pytest.raises(PeerUnavailable):
         TransformersPeer(tmp_path, torch.float32, torch.device("cpu"), 1)
+
+
+def test_transformers_generates_every_token_whatever_would_stop_it(tmp_path: Path):
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=list(range(32)),
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = list(range(32))
+    model.save_pretrained(tmp_path)
+    peer = TransformersPeer(tmp_path, torch.float32, torch.device("cpu"), 1)
+    assert peer.generate([[1, 2, 3], [4, 5, 6]], 7) > 0
+    assert peer.version
+    # One token each, where it may stop: found out, not reported as fast.
+    peer._model.generation_config.eos_token_id = list(range(32))
+    with pytest.raises(PeerUnavailable, match="generated 2 tokens where 2 x 7"):
+        peer.generate([[1, 2, 3], [4, 5, 6]], 7)
+
+
+FAKE_VLLM = """
+import os, sys
+from types import SimpleNamespace
+__version__ = "9.9"
+print("noise on stdout", flush=True)
+SamplingParams = SimpleNamespace
+class LLM:
+    def __init__(self, **settings):
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+        assert settings["max_num_seqs"] == 2 and not settings["enable_prefix_caching"]
+        os.system("echo noise of a child")
+    def generate(self, prompts, sampling, use_tqdm):
+        print("more noise", flush=True)
+        assert sampling.ignore_eos
+        count = min(sampling.max_tokens, 5)
+        done = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * count)])
+        return [done for prompt in prompts if prompt["prompt_token_ids"]]
+"""
+
+
+def test_vllm_speaks_in_lines_whatever_it_prints(tmp_path: Path):
+    # Not vLLM: what is tested is the conversation with the other interpreter.
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    interpreter.chmod(0o755)
+    peer = vllm(str(interpreter))
+    try:
+        assert peer.version == "9.9"
+        assert 0 < peer.generate([[1], [2]], 5) < 10
+        with pytest.raises(PeerUnavailable, match="generated 10 tokens where 2 x 6"):
+            peer.generate([[1], [2]], 6)
+    finally:
+        peer.close()
 
 
 class BreakingPeer:
