@@ -21,7 +21,8 @@ from nested_reft_mcore.mcore.model import Policy, build_policy
 from nested_reft_mcore.mcore.pipeline import forward_logprobs
 from nested_reft_mcore.mcore.weights import initialize_weights
 from nested_reft_mcore.rollout.batch import TrainingBatch
-from nested_reft_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
+from nested_reft_mcore.rollout.engine import RolloutEngine
+from nested_reft_mcore.rollout.generation import GenerationInterrupted
 from nested_reft_mcore.rollout.types import Prompt, RolloutBatch, SamplingParams
 
 TEMPERATURE = 0.8
