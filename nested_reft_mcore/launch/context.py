@@ -54,6 +54,8 @@ class ParallelContext:
     data: ParallelDimension
     num_chunks: int = 1
     """Model chunks of this process: virtual pipeline size, or 1."""
+    local_world_size: int = 1
+    """Processes on this machine."""
 
     @property
     def is_first_stage(self) -> bool:

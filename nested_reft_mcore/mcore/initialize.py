@@ -65,6 +65,7 @@ def initialize_parallel(parallel: ParallelConfig, ranks: RankInfo, seed: int) ->
         pipeline=_dimension(parallel_state.get_pipeline_model_parallel_group()),
         data=_dimension(parallel_state.get_data_parallel_group()),
         num_chunks=parallel.virtual_pipeline_model_parallel_size or 1,
+        local_world_size=ranks.local_world_size,
     )
 
 

@@ -9,7 +9,6 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from nested_reft_mcore.algorithm.counter_random import Stream, uniforms
-from nested_reft_mcore.rollout.completion import Completion
 from nested_reft_mcore.rollout.decode_model import DecodeModel
 from nested_reft_mcore.rollout.sampling import sample_tokens
 from nested_reft_mcore.rollout.scheduler import Row, Step
@@ -28,7 +27,8 @@ class Drawing:
         self,
         model: DecodeModel,
         sampling: SamplingParams,
-        completions: Sequence[Completion],
+        *,
+        num_sequences: int,
         num_slots: int,
         most_drafted: int,
         first_prompt_index: int,
@@ -45,7 +45,7 @@ class Drawing:
         # A pass may verify tokens that lie beyond the end of a response.
         num_columns = sampling.max_new_tokens + most_drafted + 1
         self.logprobs: Float32[Tensor, "sequences columns"] = torch.zeros(
-            len(completions), num_columns, device=model.device
+            num_sequences, num_columns, device=model.device
         )
         """Nats, a completion's tokens from column 0 on; what follows them means nothing."""
         self._uniforms: Float64[Tensor, "slots columns"] | None = None

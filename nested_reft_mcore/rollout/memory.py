@@ -7,7 +7,7 @@ from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.rollout.decode_model import DecodeModel
 
 MOST_SLOTS = 256
-"""Slots where neither a limit nor memory says otherwise: more rows than this hardly decode faster."""
+"""Slots where nothing says otherwise: more rows than this hardly decode faster."""
 _SHARE_OF_FREE = 0.5
 """The rest is for activations, and for whatever else the process is going to allocate."""
 
@@ -47,9 +47,9 @@ def check_one_fits(
     if missing > 0:
         limit = "half of the free memory" if kv_cache_bytes is None else "rollout.kv_cache_gb"
         raise UserError(
-            f"the keys and values of one sequence of {length} tokens need {_gigabytes(needed)} here, "
-            f"and {limit} is {_gigabytes(room)}; {_gigabytes(missing)} are missing on the process "
-            "with least room. Shorten rollout.max_new_tokens or the prompts, spread the model over "
+            f"the keys and values of one sequence of {length} tokens need {_gigabytes(needed)} "
+            f"here, and {limit} is {_gigabytes(room)}; {_gigabytes(missing)} are missing on the "
+            "process with least room. Shorten rollout.max_new_tokens or the prompts, spread the model over "
             "more processes, or raise rollout.kv_cache_gb"
         )
     return needed, room

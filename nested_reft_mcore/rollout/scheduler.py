@@ -5,10 +5,10 @@ sampled tokens, so pipeline stages agree without a word on who is done, who come
 pass holds.
 
 The slots are dealt out to lanes, one slot group in flight each. All lanes draw from one queue of
-completions, prompt by prompt, so the samples of a prompt are admitted one after the other. A prompt's prefix (all
-of it but its last token) is written once, into its first sample's slot; later samples copy it from
-there, and until they have, the slot goes to nobody else. The last token of a prompt is decoded by
-each sample itself, which gives its first logits.
+completions, prompt by prompt, so the samples of a prompt are admitted one after the other. A
+prompt's prefix (all of it but its last token) is written once, into its first sample's slot; later
+samples copy it from there, and until they have, the slot goes to nobody else. The last token of a
+prompt is decoded by each sample itself, which gives its first logits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nested_reft_mcore.rollout.completion import Completion, StopRule
-from nested_reft_mcore.rollout.sampling import NO_TOKEN
 from nested_reft_mcore.rollout.draft_length import DraftLength
+from nested_reft_mcore.rollout.sampling import NO_TOKEN
 from nested_reft_mcore.rollout.token_pass import PrefixCopy, PromptPiece
 from nested_reft_mcore.rollout.types import Prompt
 
@@ -120,7 +120,7 @@ class Scheduler:
         batching: Batching = "continuous",
         draft_length: DraftLength | None = None,
     ) -> None:
-        """`num_lanes` is lowered to `num_slots`; `draft_length` makes rows draft before they decode.
+        """There are at most `num_slots` lanes; with `draft_length` rows draft before they decode.
 
         `max_num_batched_tokens` bounds the tokens of a pass, but one token of each row always runs.
         """
@@ -192,7 +192,7 @@ class Scheduler:
         return broken
 
     def next_step(self, lane: Lane) -> Step | None:
-        """What the lane does now; None where it has nothing, or waits for another lane's prefill."""
+        """What the lane does now; None if it has nothing, or waits for another lane's prefill."""
         if self._draft_length is not None:
             step = self._draft_step(lane, self._draft_length)
             if step is not None:
@@ -280,7 +280,7 @@ class Scheduler:
         return next((slot for slot in lane.free if not self._num_awaiting[slot]), None)
 
     def _fill(self, lane: Lane, step: Step, budget: int) -> None:
-        """Schedule pieces of the prefixes that are written in this lane, `budget` tokens at most."""
+        """Schedule pieces of prefixes that are written in this lane, `budget` tokens at most."""
         for row in lane.rows:
             prefix = row.prefix
             if row.is_ready or prefix.is_filled or prefix.slot not in lane.slots:

@@ -16,7 +16,7 @@ from nested_reft_mcore.data.stream import shard_range
 from nested_reft_mcore.data.tokenizers import Tokenizer
 from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
-from nested_reft_mcore.rollout.engine import GenerationInterrupted
+from nested_reft_mcore.rollout.generation import GenerationInterrupted
 from nested_reft_mcore.rollout.types import RolloutBatch, SamplingParams
 from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.policy_setup import check_room

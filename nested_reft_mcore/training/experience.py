@@ -20,7 +20,7 @@ from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.rollout.dump import load_rollouts
-from nested_reft_mcore.rollout.engine import GenerationInterrupted
+from nested_reft_mcore.rollout.generation import GenerationInterrupted
 from nested_reft_mcore.rollout.types import RolloutBatch
 from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.sampling import build_engine, training_sampling

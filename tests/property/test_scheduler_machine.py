@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from nested_reft_mcore.rollout.completion import StopRule
+from nested_reft_mcore.rollout.draft_length import DraftLength
 from nested_reft_mcore.rollout.sampling import NO_TOKEN
 from nested_reft_mcore.rollout.scheduler import Scheduler, Step
-from nested_reft_mcore.rollout.draft_length import DraftLength
 from nested_reft_mcore.rollout.types import Prompt, SamplingParams
 
 STOP = 0
