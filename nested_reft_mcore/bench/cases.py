@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nested_reft_mcore.algorithm.counter_random import Stream
-from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, draw_plan
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, Part, draw_plan
 from nested_reft_mcore.config.bench import BenchRolloutOptions, PartName, layers_of_percentage
 
 FULL = "full depth"
@@ -53,7 +53,9 @@ def make_cases(
             cases.append(Case(f"{count} {part}", part, count, tuple(percentages), plan))
         if not asked:
             continue
-        everything = frozenset((layer, part) for layer in range(num_layers))
+        everything: frozenset[tuple[int, Part]] = frozenset(
+            (layer, part) for layer in range(num_layers)
+        )
         plan = LayerSkipPlan(num_layers, everything)
         cases.append(Case(all_key(part), part, num_layers, (), plan))
     return cases

@@ -12,7 +12,8 @@ from nested_reft_mcore.bench.workload import Timing
 from nested_reft_mcore.mcore.agreement import barrier
 from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
-from nested_reft_mcore.rollout.engine import ROUNDS_BETWEEN_QUESTIONS, RolloutEngine
+from nested_reft_mcore.rollout.engine import RolloutEngine
+from nested_reft_mcore.rollout.generation import ROUNDS_BETWEEN_QUESTIONS
 from nested_reft_mcore.rollout.scheduler import Batching
 from nested_reft_mcore.rollout.types import Prompt, SamplingParams
 
