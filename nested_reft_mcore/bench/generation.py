@@ -25,6 +25,11 @@ class Generator:
         self._policy = policy
         self._decoder = PolicyDecoder(policy)
 
+    @property
+    def uses_native_kernels(self) -> bool:
+        """Whether this process decodes with the native kernels."""
+        return self._decoder.uses_native_kernels
+
     def run(
         self,
         prompts: Sequence[Prompt],

@@ -16,7 +16,8 @@ def print_results(results: Results) -> None:
     machine, cpu = results.machine, results.environment["cpu"]
     print(
         f"\n{cpu['model']}, {cpu['count']} cores, {results.num_threads} threads; "
-        f"{machine.peak_flops / 1e9:.0f} GFLOP/s, reads {machine.read_bandwidth / 1e9:.1f} GB/s"
+        f"{machine.peak_flops / 1e9:.0f} GFLOP/s, reads {machine.read_bandwidth / 1e9:.1f} GB/s; "
+        f"decoding with {'native kernels' if results.native_kernels else 'torch'}"
     )
     for workload in results.workloads:
         print("\n" + "\n".join(describe_workload(workload)))

@@ -102,6 +102,9 @@ class Results:
     options: dict[str, Any]
     environment: dict[str, Any]
     num_threads: int
+    """Of all processes together."""
+    native_kernels: bool
+    """Whether all processes decoded with the native kernels."""
     model: ModelFacts
     machine: Machine
     decode_step: DecodeStep | None

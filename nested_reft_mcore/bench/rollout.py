@@ -125,6 +125,7 @@ class _Bench:
             options=self._options.model_dump(mode="json"),
             environment=environment_report(self._context.world_size),
             num_threads=self._num_threads,
+            native_kernels=all(gather_all(self._generator.uses_native_kernels, self._context)),
             model=facts,
             machine=machine,
             decode_step=make_decode_step(first.rows, load.workload, bound),

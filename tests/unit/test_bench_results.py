@@ -94,6 +94,7 @@ def test_json_holds_every_run(tmp_path):
         options={},
         environment={},
         num_threads=2,
+        native_kernels=True,
         model=ModelFacts(4, 10, 8, 32),
         machine=Machine(1.0, 1.0),
         decode_step=None,
