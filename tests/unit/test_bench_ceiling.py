@@ -67,10 +67,15 @@ def test_cases_are_full_depth_then_each_number_of_layers_then_all():
     # 0.6 and 1.2 layers are one and the same case.
     assert cases["1 layer"].percentages == (5.0, 10.0)
     assert cases["6 layer"].plan.num_skipped == 6
-    assert {0, 11} <= set(cases["6 layer"].plan.active)
     assert cases[all_key("layer")].plan.active == ()
     assert all(cases[all_key("mlp")].plan.skips_mlp(layer) for layer in range(12))
     assert not cases[all_key("mlp")].plan.skips_attention(5)
+
+
+def test_plans_keep_the_layers_at_either_end():
+    options = BenchRolloutOptions(skip="66.7", parts="layer", border_layers=2)
+    _, most, _ = make_cases(options, 12, (0,) * 12)
+    assert most.plan.active == (0, 1, 10, 11)
 
 
 def test_without_a_share_nothing_but_full_depth_is_run():
