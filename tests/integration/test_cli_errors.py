@@ -188,11 +188,11 @@ def test_skipped_layers_that_are_not_there(room):
 def test_every_command_explains_itself_with_an_example(tmp_path):
     listed = run("--help", cwd=tmp_path)
     assert listed.returncode == 0
-    commands = ["train", "sft", "evaluate", "generate", "score", "doctor"]
-    converters = ["convert hf-to-mcore", "convert mcore-to-hf"]
+    commands = ["train", "sft", "evaluate", "generate", "score", "doctor", "bench"]
+    grouped = ["convert hf-to-mcore", "convert mcore-to-hf", "bench rollout"]
     for command in commands:
         assert f"\n  {command} " in listed.stdout
-    for command in commands + converters:
+    for command in commands + grouped:
         done = run(*command.split(), "--help", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert f"nested-reft {command}" in done.stdout.partition("Example")[2]
