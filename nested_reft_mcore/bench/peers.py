@@ -16,7 +16,6 @@ from nested_reft_mcore.bench.line_worker import LineWorker, WorkerFailed
 from nested_reft_mcore.config.bench import PeerName
 
 _VLLM_START_SECONDS = 900.0
-_VLLM_KV_GIGABYTES = 1
 
 
 class PeerUnavailable(Exception):
@@ -110,14 +109,18 @@ class VllmPeer:
         *,
         max_sequences: int,
         max_length: int,
+        kv_gigabytes: int,
     ) -> None:
-        """Starts it and waits until the weights are loaded. Raises PeerUnavailable."""
+        """Starts it and waits until the weights are loaded. Raises PeerUnavailable.
+
+        `kv_gigabytes`: room for keys and values, which vLLM takes at once, on a CPU.
+        """
         settings = {
             "model": str(directory),
             "dtype": dtype,
             "max_sequences": max_sequences,
             "max_length": max_length,
-            "kv_gigabytes": _VLLM_KV_GIGABYTES,
+            "kv_gigabytes": kv_gigabytes,
         }
         try:
             self._worker = _start_vllm(python, settings, num_threads)

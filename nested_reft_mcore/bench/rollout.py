@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.bench.cases import Case, make_cases
 from nested_reft_mcore.bench.ceiling import kv_formula_bytes
 from nested_reft_mcore.bench.generation import Generator, as_prompts
@@ -258,13 +259,28 @@ class _Bench:
             dtype, device = getattr(torch, options.dtype), self._context.device
             return TransformersPeer(directory, dtype, device, self._num_threads)
         assert options.vllm_python is not None
+        max_length = options.prompt_tokens + options.new_tokens
+        shape = self._policy.architecture
+        kv_bytes = sum(
+            kv_formula_bytes(
+                LayerSkipPlan.full(shape.num_layers),
+                self._policy.stage_of_layer,
+                options.prompts,
+                max_length,
+                shape.num_query_groups,
+                shape.head_dim,
+                self._policy.transformer_config.params_dtype.itemsize,
+            )
+        )
         return VllmPeer(
             options.vllm_python,
             directory,
             options.dtype,
             self._num_threads,
             max_sequences=options.prompts,
-            max_length=options.prompt_tokens + options.new_tokens,
+            max_length=max_length,
+            # Its blocks are not all full: without room to spare it would put sequences off.
+            kv_gigabytes=1 + -(-kv_bytes // 2**30),
         )
 
     def _weights_directory(self, stack: ExitStack) -> Path:

@@ -23,7 +23,9 @@ def python(code: str) -> LineWorker:
 
 
 def vllm(python: str) -> VllmPeer:
-    return VllmPeer(python, Path("model"), "float32", 1, max_sequences=2, max_length=8)
+    return VllmPeer(
+        python, Path("model"), "float32", 1, max_sequences=2, max_length=8, kv_gigabytes=3
+    )
 
 
 def test_worker_answers_line_by_line_whatever_goes_to_stderr():
@@ -110,6 +112,7 @@ class LLM:
     def __init__(self, **settings):
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         assert os.environ["OMP_NUM_THREADS"] == "1"
+        assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "3"
         assert settings["max_num_seqs"] == 2 and not settings["enable_prefix_caching"]
         os.system("echo noise of a child")
     def generate(self, prompts, sampling, use_tqdm):
