@@ -53,6 +53,7 @@ namespace {
 
 constexpr int64_t kBlock = 64;      // tokens whose panels stay in the L2 cache
 constexpr int64_t kTaskRows = 48;   // weight rows of one task: a multiple of 12 and of 8
+constexpr int64_t kChain = 96;      // products added one after the other: longer ones round worse
 constexpr int64_t kKeyChunk = 64;   // keys that all queries of a task look at in turn
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -69,21 +70,26 @@ struct Blocks {
 
 // ---- matrix products ----
 
-// y[R][8 C] = weight rows @ panel; a sum is one chain of additions in order of k.
+// y[R][8 C] = weight rows @ panel; sums of kChain products in order of k, added in that order.
 template <int R, int C>
 inline void tile(const float *w, int64_t ldw, const float *x, float *y, int64_t ldy, int64_t depth) {
-  __m256 sum[R][C];
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int c = 0; c < C; ++c) sum[r][c] = _mm256_setzero_ps();
-  for (int64_t k = 0; k < depth; ++k) {
-    __m256 b[C];
-    UNROLL for (int c = 0; c < C; ++c) b[c] = _mm256_loadu_ps(x + k * 8 * C + 8 * c);
-    UNROLL for (int r = 0; r < R; ++r) {
-      const __m256 a = _mm256_broadcast_ss(w + r * ldw + k);
-      UNROLL for (int c = 0; c < C; ++c) sum[r][c] = _mm256_fmadd_ps(a, b[c], sum[r][c]);
+  for (int64_t start = 0; start < depth; start += kChain) {
+    const int64_t end = least(start + kChain, depth);
+    __m256 sum[R][C];
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int c = 0; c < C; ++c) sum[r][c] = _mm256_setzero_ps();
+    for (int64_t k = start; k < end; ++k) {
+      __m256 b[C];
+      UNROLL for (int c = 0; c < C; ++c) b[c] = _mm256_loadu_ps(x + k * 8 * C + 8 * c);
+      UNROLL for (int r = 0; r < R; ++r) {
+        const __m256 a = _mm256_broadcast_ss(w + r * ldw + k);
+        UNROLL for (int c = 0; c < C; ++c) sum[r][c] = _mm256_fmadd_ps(a, b[c], sum[r][c]);
+      }
+    }
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int c = 0; c < C; ++c) {
+      float *to = y + r * ldy + 8 * c;
+      _mm256_storeu_ps(to, start ? _mm256_add_ps(_mm256_loadu_ps(to), sum[r][c]) : sum[r][c]);
     }
   }
-  UNROLL for (int r = 0; r < R; ++r)
-    UNROLL for (int c = 0; c < C; ++c) _mm256_storeu_ps(y + r * ldy + 8 * c, sum[r][c]);
 }
 
 template <int C>
