@@ -158,6 +158,19 @@ def exact(logits: Tensor, draws: Tensor) -> Tensor:
     return torch.searchsorted(ends, target, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
 
 
+def two_levels(logits: Tensor, draws: Tensor) -> Tensor:
+    """Inverse CDF over blocks of 128 ids, then inside one: float32 within blocks, else float64."""
+    blocks = torch.nn.functional.pad(logits, (0, -logits.shape[1] % 128), value=-torch.inf)
+    blocks = (blocks - logits.amax(dim=1)[:, None]).exp_().view(len(logits), -1, 128)
+    ends = blocks.sum(dim=2).cumsum(dim=1, dtype=torch.float64)
+    target = uniforms(draws)[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
+    begin = torch.where(block > 0, ends.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    inside = blocks[torch.arange(len(logits)), block[:, 0]].cumsum(dim=1, dtype=torch.float64)
+    column = torch.searchsorted(inside, target - begin, right=True).clamp_(max=127)
+    return (block * 128 + column)[:, 0]
+
+
 def ours(logits: Tensor, draws: Tensor) -> Tensor:
     tokens, _ = sample_tokens(
         logits, uniforms(draws), SamplingParams(1), vocab_start=0, vocab_size=logits.shape[1]
@@ -170,27 +183,17 @@ def gumbel_max(logits: Tensor, draws: Tensor) -> Tensor:
     return (logits.double() + gumbel(draws, logits.shape[1])).argmax(dim=1)
 
 
-def gumbel_max_of_blocks(logits: Tensor, draws: Tensor) -> Tensor:
-    """A block of 128 ids by Gumbel-max over the blocks' masses, then an id of it in the same way."""
-    blocks = torch.nn.functional.pad(logits, (0, -logits.shape[1] % 128), value=-torch.inf)
-    blocks = blocks.view(len(logits), -1, 128)
-    masses = (blocks - logits.amax(dim=1)[:, None, None]).exp_().sum(dim=2).double().log()
-    block = (masses + gumbel(draws, blocks.shape[1])).argmax(dim=1)
-    inside = blocks[torch.arange(len(logits)), block].double()
-    return block * 128 + (inside + gumbel(draws + 2**40, 128)).argmax(dim=1)
-
-
 def gumbel(draws: Tensor, width: int) -> Tensor:
     noise = counter_random.uniforms(9, 0, draws[:, None], torch.arange(width))
     return noise.log_().neg_().log_().neg_()
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "naive float32": naive,
-    "ours": ours,
-    "float64": exact,
+    "CDF float32": naive,
+    "CDF two levels": two_levels,
+    "CDF float64": exact,
     "Gumbel": gumbel_max,
-    "Gumbel, blocks": gumbel_max_of_blocks,
+    "ours": ours,
 }
 
 

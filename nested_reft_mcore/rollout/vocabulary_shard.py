@@ -68,26 +68,32 @@ class VocabularyShard:
         return maximum, maximum.isinf()
 
 
-def block_sums(weights: Float32[Tensor, "rows blocks_times_128"]) -> Float32[Tensor, "rows blocks"]:
+def block_sums(weights: Float32[Tensor, "rows padded"]) -> Float32[Tensor, "rows blocks"]:
     """Mass of every block.
 
     In float32: no weight is negative, so a sum of 128 by vectors and then pairwise is off by a
     few units of its own last place, as its weights are. Only sums over blocks, which are long, are
     float64; that way no float64 copy of the vocabulary is made.
     """
-    return weights.view(weights.shape[0], -1, BLOCK).sum(dim=2)
+    return _blocks(weights).sum(dim=2)
+
+
+def _blocks(weights: Float32[Tensor, "rows padded"]) -> Float32[Tensor, "rows blocks ids"]:
+    width = weights.shape[1]
+    return weights.view(weights.shape[0], width // min(width, BLOCK), min(width, BLOCK))
 
 
 def exponential_weights(
     logits: Float32[Tensor, "rows real"], maximum: Float32[Tensor, " rows"], temperature: float
-) -> Float32[Tensor, "rows blocks_times_128"]:
+) -> Float32[Tensor, "rows padded"]:
     """exp((logits - maximum) / temperature), filled up to whole blocks with zeros.
 
     The difference is taken first: then nothing overflows, and the largest weight is exactly 1.
     """
     num_real = logits.shape[1]
-    num_blocks = max(1, -(-num_real // BLOCK))
-    weights = logits.new_empty((logits.shape[0], num_blocks * BLOCK))
+    # A shard smaller than a block is a block of its own size.
+    width = max(1, num_real) if num_real < BLOCK else -(-num_real // BLOCK) * BLOCK
+    weights = logits.new_empty((logits.shape[0], width))
     torch.sub(logits, maximum[:, None], out=weights[:, :num_real])
     weights[:, num_real:] = -torch.inf
     if temperature != 1.0:
@@ -113,13 +119,13 @@ def race_blocks(
 
 
 def race_inside(
-    weights: Float32[Tensor, "rows 128"],
+    weights: Float32[Tensor, "rows ids"],
     block: Int64[Tensor, " rows"],
     uniforms: Float64[Tensor, " rows"],
     shard: VocabularyShard,
 ) -> Int64[Tensor, " rows"]:
     """The column of the shard that wins within the block whose weights these are."""
-    columns = BLOCK * block[:, None] + torch.arange(BLOCK, device=block.device)
+    columns = BLOCK * block[:, None] + torch.arange(weights.shape[1], device=block.device)
     times = _times(Stream.TOKEN_NOISE, uniforms, shard.vocab_start + columns)
     return BLOCK * block + (weights / times).argmax(dim=1)
 
@@ -136,9 +142,9 @@ def _times(
 
 
 def take_block(
-    weights: Float32[Tensor, "rows blocks_times_128"],
+    weights: Float32[Tensor, "rows padded"],
     rows: Int64[Tensor, " some"],
     block: Int64[Tensor, " some"],
-) -> Float32[Tensor, "some 128"]:
+) -> Float32[Tensor, "some ids"]:
     """The weights of one block of each of these rows."""
-    return weights.view(weights.shape[0], -1, BLOCK)[rows, block]
+    return _blocks(weights)[rows, block]
