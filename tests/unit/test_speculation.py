@@ -51,8 +51,8 @@ def test_without_drafts_a_token_is_drawn_as_ever() -> None:
 
 
 def test_a_wrong_number_of_drafts_is_refused() -> None:
+    uniforms = torch.zeros(1, 3, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="3 positions verify 2 drafts, found 0"):
-        uniforms = torch.zeros(1, 3, 2, dtype=torch.float64)
         verify(torch.zeros(1, 3, 8), [], uniforms, PLAIN, vocab_start=0, vocab_size=8)
 
 
