@@ -120,6 +120,17 @@ def test_a_draft_that_could_not_be_made_is_drawn_from_the_target(params) -> None
     assert_drawn_from(tokens[1::2, 0], law)
 
 
+def test_a_draft_that_is_withheld_is_drawn_from_the_target() -> None:
+    tables = random_tables(6, seed=4)
+    last = torch.full((20_000,), 6)
+    proposal = propose(tables.draft[last], numbers(20_000, 1), PLAIN, **tables.place)
+    proposal = replace(proposal, tokens=torch.full_like(last, NO_TOKEN))
+    uniforms = numbers(80_000, 2).view(20_000, 2, 2)
+    logits = tables.full[last][:, None].expand(-1, 2, -1)
+    tokens, _ = verify(logits, [proposal], uniforms, PLAIN, **tables.place)
+    assert_drawn_from(tokens[:, 0], truncated(tables.full[6], PLAIN))
+
+
 def test_greedy_rejects_a_missing_draft_at_a_broken_target() -> None:
     greedy = SamplingParams(1, greedy=True)
     logits = torch.full((1, 2, 6), torch.nan)
