@@ -11,6 +11,10 @@ setup(
         Extension(
             "nested_reft_mcore.mcore.native._decode_kernels",
             ["nested_reft_mcore/mcore/native/decode_kernels.cpp"],
+            depends=[
+                f"nested_reft_mcore/mcore/native/{name}.h"
+                for name in ("records", "products", "attention")
+            ],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],
             extra_link_args=["-fopenmp"],

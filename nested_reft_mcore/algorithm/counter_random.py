@@ -38,6 +38,10 @@ class Stream(IntEnum):
     """The uniform number that decides on a drafted token."""
     RESIDUAL = 6
     """The uniform number behind the token that the full model adds to the accepted drafts."""
+    BLOCK_NOISE = 7
+    """Times at which blocks of token ids arrive, keyed by the uniform number behind the token."""
+    TOKEN_NOISE = 8
+    """Times at which the tokens of a block arrive, keyed by the same number."""
 
 
 def uniform(*key: int) -> float:

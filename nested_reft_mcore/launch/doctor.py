@@ -23,6 +23,8 @@ from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.exit_codes import ExitCode
 from nested_reft_mcore.launch.mpi_library import kind_of_mpirun, library_name, load_mpi
 
+_KERNELS = "nested_reft_mcore.mcore.native"
+
 Status = Literal["ok", "not there", "broken", "too old", "wrong version"]
 
 
@@ -148,7 +150,7 @@ def check_communication() -> list[Finding]:
 
 
 def check_accelerators() -> list[Finding]:
-    """What Megatron uses where it is there."""
+    """What makes runs faster or better watched where it is there."""
     return [
         _optional(
             "Transformer Engine",
@@ -178,7 +180,21 @@ def check_accelerators() -> list[Finding]:
             "tracking",
             "JSON lines and TensorBoard are used instead",
         ),
+        _check_decode_kernels(),
     ]
+
+
+def _check_decode_kernels() -> Finding:
+    """Our own kernels, which `setup.py` builds where there is a compiler."""
+    name, instead = "decode kernels", "torch decodes instead, on CPUs at a third of the speed"
+    if problem := _load(_KERNELS):
+        return Finding(name, "broken", problem, False, instead)
+    # mcore may import launch, not the other way round; this part of it needs no Megatron.
+    problem = importlib.import_module(_KERNELS).problem()
+    if problem is None:
+        return Finding(name, "ok", "", False, "decoding in float32 on this CPU")
+    status = "not there" if problem.startswith("not built") else "broken"
+    return Finding(name, status, problem, False, instead)
 
 
 def find_devices() -> list[str]:

@@ -20,6 +20,8 @@ from nested_reft_mcore.rollout.token_pass import TokenPass
 QUERIES_OF_A_RUN = 16
 """Queries of a run of prompt tokens and one group that go through the keys together, about."""
 
+_NO_COPIES = torch.empty(0, 3, dtype=torch.int64)
+
 
 class NativeMath:
     """Layers over hidden states `[tokens, hidden]`, by the kernels."""
@@ -94,10 +96,14 @@ class NativePass:
         # Kept, because the record below holds addresses only.
         self._runs = _runs(tokens, max(1, QUERIES_OF_A_RUN // math.shape.heads_per_group))
         self._copies = _copies(tokens)
-        check_places(self._runs, self._copies, cache)
         self._rotation = rotation
         self._call = self._describe()
         self._call_address = ctypes.addressof(self._call)
+        if not math.kernels.decode_fits(self._call_address, cache.num_slots):
+            raise ValueError(
+                f"the pass goes to places that the cache has not: it has {cache.num_slots} slots "
+                f"of {cache.length} positions"
+            )
 
     def _describe(self) -> native.Pass:
         shape, math, count = self._math.shape, self._math, self.hidden.shape[0]
@@ -160,11 +166,9 @@ class NativePass:
 def _runs(tokens: TokenPass, longest: int) -> Tensor:
     """Rows, then pieces cut into short runs: `[runs, 4]` first token, tokens, slot, position."""
     rows = tokens.slots.shape[0]
-    runs = torch.empty(rows, 4, dtype=torch.int64)
-    runs[:, 0] = torch.arange(rows) * tokens.width
-    runs[:, 1] = tokens.width
-    runs[:, 2] = tokens.slots
-    runs[:, 3] = tokens.positions
+    firsts = torch.arange(0, rows * tokens.width, tokens.width)
+    counts = torch.full((rows,), tokens.width)
+    runs = torch.stack((firsts, counts, tokens.slots, tokens.positions), dim=1)
     cut: list[tuple[int, int, int, int]] = []
     first = tokens.num_row_tokens
     for piece in tokens.pieces:
@@ -177,24 +181,12 @@ def _runs(tokens: TokenPass, longest: int) -> Tensor:
 
 def _copies(tokens: TokenPass) -> Tensor:
     """`[copies, 3]` source slot, target slot, positions."""
+    if not tokens.copies:
+        return _NO_COPIES
     copies = [
         (copy.source, target, copy.length) for copy in tokens.copies for target in copy.targets
     ]
-    return torch.tensor(copies, dtype=torch.int64).reshape(-1, 3)
-
-
-def check_places(runs: Tensor, copies: Tensor, cache: KeyValueCache) -> None:
-    """Raise ValueError for a place outside the cache: the kernels would write there."""
-    slots = torch.cat([runs[:, 2], copies[:, 0], copies[:, 1]])
-    ends = torch.cat([runs[:, 3] + runs[:, 1], copies[:, 2]])
-    if not slots.numel():
-        return
-    low, high = slots.aminmax()
-    if low < 0 or high >= cache.num_slots or ends.max() > cache.length or runs[:, 3].lt(0).any():
-        raise ValueError(
-            f"the pass goes to slots {int(low)} to {int(high)} and {int(ends.max())} positions; "
-            f"the cache has {cache.num_slots} slots of {cache.length} positions"
-        )
+    return torch.tensor(copies, dtype=torch.int64).view(-1, 3)
 
 
 def _contiguous(weight: Tensor) -> int:

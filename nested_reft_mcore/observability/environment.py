@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -70,7 +71,7 @@ def environment_report(world_size: int = 1) -> dict[str, Any]:
     """What somebody needs to know to run this again: JSON values only.
 
     Keys: `time` (UTC), `git`, `versions` (None: not installed), `python`, `platform`, `hostname`,
-    `cpu`, `devices`, `world_size`, `variables`.
+    `cpu`, `decode_kernels` (None: usable here; else why not), `devices`, `world_size`, `variables`.
     """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -80,6 +81,7 @@ def environment_report(world_size: int = 1) -> dict[str, Any]:
         "platform": platform.platform(),
         "hostname": socket.gethostname(),
         "cpu": {"model": _cpu_model(), "count": _cpu_count(), "memory_gib": _memory_gib()},
+        "decode_kernels": _decode_kernels_problem(),
         "devices": _devices(),
         "world_size": world_size,
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
@@ -154,6 +156,12 @@ def _memory_gib() -> float:
     import psutil
 
     return round(psutil.virtual_memory().total / 2**30, 1)
+
+
+def _decode_kernels_problem() -> str | None:
+    """Why the native decoding kernels cannot be used here; None where they can."""
+    # mcore may import this room, not the other way round; this part of it needs no Megatron.
+    return importlib.import_module("nested_reft_mcore.mcore.native").problem()
 
 
 def _devices() -> list[dict[str, Any]]:

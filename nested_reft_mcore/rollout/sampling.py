@@ -4,10 +4,16 @@ Every tensor-parallel rank calls `sample_tokens` with its own columns of the log
 uniform numbers, and gets the same tokens. What travels is a few numbers per row, whatever the
 size of the vocabulary.
 
-A token is drawn by inverse CDF from one uniform number: over ranks, then over blocks of 128 ids,
-then inside a block. Weights are float32 exponentials relative to the global maximum, so they don't
-depend on how the vocabulary is cut; sums longer than a block are float64. A float32 cumulative sum
-over a real vocabulary would misplace one draw in several hundred whenever rounding differs.
+A token is drawn as the winner of a race (Gumbel-max in other words): every block of 128 ids arrives
+after an exponential time with its mass as rate, then every id of the winning block does. The times
+are functions of the row's one uniform number and of ids, so whoever holds an id knows them, and a
+race only changes its winner where two arrive within rounding of each other. An inverse CDF changes
+wherever a boundary moves, and a real vocabulary has thousands of them: with rounding as another
+layout gives it, that is tens of draws in 10,000, however exact the sums (benchmarks/bench_draws.py
+has the figures). Two levels, because noise for every id would cost ten times as much.
+
+Weights are float32 exponentials relative to the global maximum, so they don't depend on how the
+vocabulary is cut; nor do draws, where shards begin at multiples of 128.
 """
 
 from __future__ import annotations
@@ -22,11 +28,11 @@ from torch.distributed import ProcessGroup, ReduceOp
 from nested_reft_mcore.rollout.truncation import keep_top_k, keep_top_p
 from nested_reft_mcore.rollout.types import SamplingParams
 from nested_reft_mcore.rollout.vocabulary_shard import (
-    Masses,
     VocabularyShard,
     block_sums,
     exponential_weights,
-    search_block,
+    race_blocks,
+    race_inside,
     take_block,
 )
 
@@ -48,7 +54,8 @@ def sample_tokens(
 
     `local_logits` are the ids `vocab_start, vocab_start + 1, ...`; ids from `vocab_size` on are
     padding, are never read and have probability zero. Ranks of `group` hold ascending shards;
-    without a group the shard is everything. `uniforms` lie in [0, 1).
+    without a group the shard is everything. `uniforms` are the keys of the rows' races: equal
+    numbers mean equal races.
 
     Drawing follows softmax(logits / temperature), cut to the top-k and then to the top-p tokens
     and renormalised: the log-probability is of this very distribution. Truncation keeps every
@@ -75,8 +82,10 @@ class Distribution:
     """Real ids only, as they came."""
     weights: Float32[Tensor, "rows padded"]
     """exp((logits - maximum) / temperature), zero outside of top-k and top-p; whole blocks."""
-    masses: Masses
-    """Sums of the weights, over this shard and over all."""
+    block_masses: Float32[Tensor, "rows blocks"]
+    """Sums of the weights of each block of this shard."""
+    total: Float64[Tensor, " rows"]
+    """Sum of the weights of all shards."""
     maximum: Float32[Tensor, " rows"]
     """Largest logit of all shards."""
     broken: Bool[Tensor, " rows"]
@@ -98,33 +107,36 @@ class Distribution:
             keep_top_k(weights, logits, params.top_k, shard)
         if params.top_p is not None and params.top_p < 1.0:
             keep_top_p(weights, params.top_p, shard)
-        masses = Masses.of_blocks(block_sums(weights), shard)
-        return cls(logits, weights, masses, maximum, broken, params.temperature)
+        masses = block_sums(weights)
+        total = shard.reduce(masses.sum(dim=1, dtype=torch.float64), ReduceOp.SUM)
+        return cls(logits, weights, masses, total, maximum, broken, params.temperature)
 
     def draw(
         self, uniforms: Float64[Tensor, " rows"], shard: VocabularyShard
     ) -> tuple[Int64[Tensor, " rows"], Float32[Tensor, " rows"]]:
-        """A token of each row by inverse CDF, with its log-probability; all ranks have to call."""
+        """A token of each row, with its log-probability; all ranks have to call."""
         rows = torch.arange(uniforms.shape[0], device=uniforms.device)
-        mine, block, mass = self.masses.search(uniforms, shard)
-        column = search_block(take_block(self.weights, rows, block), block, mass)
-        return self.announce(rows, mine, column, shard)
+        speed, block = race_blocks(self.block_masses, uniforms, shard)
+        inside = take_block(self.weights, rows, block)
+        column = race_inside(inside, block, uniforms, shard)
+        return self.announce(rows, speed, column, shard)
 
     def announce(
         self,
         rows: Int64[Tensor, " some"],
-        mine: Bool[Tensor, " some"],
+        speed: Float64[Tensor, " some"],
         column: Int64[Tensor, " some"],
         shard: VocabularyShard,
     ) -> tuple[Int64[Tensor, " some"], Float32[Tensor, " some"]]:
-        """The owner's column of each of these rows, told to every rank as token and log-prob."""
-        found = self.masses.total.new_zeros((2, column.shape[0]))
+        """For each of these rows the fastest rank's column, as token and log-prob on every rank."""
         if self.logits.shape[1]:
             logit = self.logits[rows, column.clamp(max=self.logits.shape[1] - 1)]
-            # Both are exact in float64, and so is their sum with the other ranks' zeros.
-            found = torch.stack([column + shard.vocab_start, logit.to(torch.float64)])
-            found = torch.where(mine, found, 0.0)
-        token, logit = shard.reduce(found, ReduceOp.SUM)
+        else:
+            logit = torch.zeros_like(self.maximum[rows])
+        # All three are exact in float64.
+        candidates = shard.gather(torch.stack([speed, column + shard.vocab_start, logit]))
+        winner = candidates[0].argmax(dim=-1)
+        _, token, logit = candidates.gather(2, winner.expand(3, -1)[..., None])[..., 0]
         return hide_broken(token.to(torch.int64), self.logprobs(rows, logit), self.broken[rows])
 
     def logprobs(
@@ -132,7 +144,7 @@ class Distribution:
     ) -> Float64[Tensor, " some"]:
         """Log-probabilities in nats of tokens of these rows that are kept and have these logits."""
         scaled = (logits - self.maximum[rows].to(torch.float64)) / self.temperature
-        return scaled - self.masses.total[rows].log()
+        return scaled - self.total[rows].log()
 
 
 def largest_tokens(

@@ -7,7 +7,7 @@ the law of p whatever q is. Here q is the model with layers skipped and p the sa
 them; p and q are what is really sampled from, after temperature, top-k and top-p.
 
 Sharded over the vocabulary as `sampling` is: p and q of a drafted token come from the rank that
-owns it, the residual is drawn by inverse CDF over ranks, blocks and ids.
+owns it, and the residual is drawn by the same race.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from nested_reft_mcore.rollout.sampling import (
 )
 from nested_reft_mcore.rollout.types import SamplingParams
 from nested_reft_mcore.rollout.vocabulary_shard import (
-    Masses,
     VocabularyShard,
     block_sums,
-    search_block,
+    race_blocks,
+    race_inside,
     take_block,
 )
 
@@ -71,7 +71,7 @@ def propose(
         return Proposal(tokens, unused, unused.sum(dim=1, dtype=torch.float64))
     draft = Distribution.from_logits(local_logits, params, shard)
     tokens, _ = draft.draw(uniforms, shard)
-    return Proposal(tokens, draft.weights, draft.masses.total)
+    return Proposal(tokens, draft.weights, draft.total)
 
 
 @torch.no_grad()
@@ -141,14 +141,14 @@ def _judge(
     if num_real:
         logit = target.logits.gather(1, flat).view(num_rows, width)
     draft_weight = torch.zeros_like(target_weight)
-    draft_total = target.masses.total.new_ones(num_rows, width)
+    draft_total = target.total.new_ones(num_rows, width)
     for place, proposal in enumerate(proposals):
         draft_weight[:, place] = proposal.weights.gather(1, column[:, place, None])[:, 0]
         draft_total[:, place] = proposal.total
     found = torch.stack([target_weight, draft_weight, logit]).to(torch.float64)
     target_weight, draft_weight, logit = shard.reduce(torch.where(mine, found, 0.0), ReduceOp.SUM)
     # u < p(x) / q(x), without a division: totals are positive where there is a distribution.
-    total = target.masses.total.view(num_rows, width)
+    total = target.total.view(num_rows, width)
     accepted = uniforms * draft_weight * total < target_weight * draft_total
     accepted &= ~target.broken.view(num_rows, width) & (drafts != NO_TOKEN)
     every = torch.arange(num_rows * width, device=drafts.device)
@@ -167,27 +167,29 @@ def _draw_last(
     rows = torch.arange(num_rows, device=uniforms.device)
     if not proposals:
         return target.draw(uniforms[:, 0], shard)
+    uniforms = uniforms[rows, num_accepted]
     here = rows * width + num_accepted
-    masses = target.masses.take(here)
+    total = target.total[here]
     rejected = num_accepted.clamp(max=width - 2)
     drafted = torch.stack([proposal.tokens for proposal in proposals])[rejected, rows] != NO_TOKEN
     draft_total = torch.stack([proposal.total for proposal in proposals])[rejected, rows]
     # In units of p's weights, and in place, for it is as large as the vocabulary.
     residual = torch.stack([proposal.weights for proposal in proposals])[rejected, rows]
-    residual.mul_(-(masses.total / draft_total).float()[:, None])
+    residual.mul_(-(total / draft_total).float()[:, None])
     residual.add_(target.weights[here]).clamp_(min=0.0)
-    residual_masses = Masses.of_blocks(block_sums(residual), shard)
-    from_residual = residual_masses.total > _SMALLEST_RESIDUAL * masses.total
+    masses = block_sums(residual)
+    residual_total = shard.reduce(masses.sum(dim=1, dtype=torch.float64), ReduceOp.SUM)
+    from_residual = residual_total > _SMALLEST_RESIDUAL * total
     from_residual &= drafted & (num_accepted < width - 1)
-    mine, block, mass = residual_masses.where(from_residual, masses).search(
-        uniforms[rows, num_accepted], shard
-    )
+    masses = torch.where(from_residual[:, None], masses, target.block_masses[here])
+    speed, block = race_blocks(masses, uniforms, shard)
     inside = torch.where(
         from_residual[:, None],
         take_block(residual, rows, block),
         take_block(target.weights, here, block),
     )
-    return target.announce(here, mine, search_block(inside, block, mass), shard)
+    column = race_inside(inside, block, uniforms, shard)
+    return target.announce(here, speed, column, shard)
 
 
 def _num_leading(accepted: Bool[Tensor, "rows width"]) -> Int64[Tensor, " rows"]:

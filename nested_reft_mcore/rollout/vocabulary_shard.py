@@ -1,4 +1,4 @@
-"""Distributions over a vocabulary that is cut over ranks: weights, masses and inverse CDF.
+"""Weights over a vocabulary that is cut over ranks, and the race that draws from them.
 
 Every rank of the group holds an ascending run of ids and calls the same functions in the same
 order. What travels is a few numbers per row, whatever the size of the vocabulary; nothing here
@@ -15,8 +15,11 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from nested_reft_mcore.algorithm import counter_random
+from nested_reft_mcore.algorithm.counter_random import Stream
+
 BLOCK = 128
-"""Ids in a block of the two-level search."""
+"""Ids in a block of the two-level race."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,6 @@ class VocabularyShard:
         dist.all_gather(parts, value, group=self.group)
         return torch.stack(parts, dim=-1)
 
-    def is_owner(self, owner: Int64[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
-        """Whether `owner`, a place in the order of the shards, is this rank."""
-        return owner == (dist.get_rank(self.group) if self.group is not None else 0)
-
     def maximum(
         self, local: Float32[Tensor, " rows"]
     ) -> tuple[Float32[Tensor, " rows"], Bool[Tensor, " rows"]]:
@@ -69,68 +68,32 @@ class VocabularyShard:
         return maximum, maximum.isinf()
 
 
-@dataclass(frozen=True)
-class Masses:
-    """What of a distribution lies where: the upper levels of the inverse CDF."""
-
-    block_ends: Float64[Tensor, "rows blocks"]
-    """Running sums of the weights of this shard, block by block."""
-    rank_ends: Float64[Tensor, "rows ranks"]
-    """Running sums over the shards."""
-
-    @property
-    def total(self) -> Float64[Tensor, " rows"]:
-        """Mass of the whole vocabulary."""
-        return self.rank_ends[:, -1]
-
-    @classmethod
-    def of_blocks(cls, block_sums: Float[Tensor, "rows blocks"], shard: VocabularyShard) -> Masses:
-        """From the masses of this shard's blocks; all ranks have to call."""
-        block_ends = block_sums.cumsum(dim=1, dtype=torch.float64)
-        return cls(block_ends, shard.gather(block_ends[:, -1]).cumsum(dim=1))
-
-    def where(self, condition: Bool[Tensor, " rows"], other: Masses) -> Masses:
-        """These masses in the rows where the condition holds, `other` elsewhere."""
-        column = condition[:, None]
-        return Masses(
-            torch.where(column, self.block_ends, other.block_ends),
-            torch.where(column, self.rank_ends, other.rank_ends),
-        )
-
-    def take(self, rows: Int64[Tensor, " some"]) -> Masses:
-        """The masses of these rows."""
-        return Masses(self.block_ends[rows], self.rank_ends[rows])
-
-    def search(
-        self, uniforms: Float64[Tensor, " rows"], shard: VocabularyShard
-    ) -> tuple[Bool[Tensor, " rows"], Int64[Tensor, " rows"], Float64[Tensor, " rows"]]:
-        """Where the number in [0, 1) falls: whether it is here, the block, the mass into it."""
-        owner, target = search_interval(self.rank_ends, uniforms * self.total)
-        block, target = search_interval(self.block_ends, target)
-        return shard.is_owner(owner), block, target
-
-
-def block_sums(weights: Float32[Tensor, "rows blocks_times_128"]) -> Float32[Tensor, "rows blocks"]:
+def block_sums(weights: Float32[Tensor, "rows padded"]) -> Float32[Tensor, "rows blocks"]:
     """Mass of every block.
 
     In float32: no weight is negative, so a sum of 128 by vectors and then pairwise is off by a
-    few units of its own last place, as its weights are. Only sums of blocks, which are long and
-    whose small differences place a draw, need float64; that way no float64 copy of the vocabulary
-    is made.
+    few units of its own last place, as its weights are. Only sums over blocks, which are long, are
+    float64; that way no float64 copy of the vocabulary is made.
     """
-    return weights.view(weights.shape[0], -1, BLOCK).sum(dim=2)
+    return _blocks(weights).sum(dim=2)
+
+
+def _blocks(weights: Float32[Tensor, "rows padded"]) -> Float32[Tensor, "rows blocks ids"]:
+    width = weights.shape[1]
+    return weights.view(weights.shape[0], width // min(width, BLOCK), min(width, BLOCK))
 
 
 def exponential_weights(
     logits: Float32[Tensor, "rows real"], maximum: Float32[Tensor, " rows"], temperature: float
-) -> Float32[Tensor, "rows blocks_times_128"]:
+) -> Float32[Tensor, "rows padded"]:
     """exp((logits - maximum) / temperature), filled up to whole blocks with zeros.
 
     The difference is taken first: then nothing overflows, and the largest weight is exactly 1.
     """
     num_real = logits.shape[1]
-    num_blocks = max(1, -(-num_real // BLOCK))
-    weights = logits.new_empty((logits.shape[0], num_blocks * BLOCK))
+    # A shard smaller than a block is a block of its own size.
+    width = max(1, num_real) if num_real < BLOCK else -(-num_real // BLOCK) * BLOCK
+    weights = logits.new_empty((logits.shape[0], width))
     torch.sub(logits, maximum[:, None], out=weights[:, :num_real])
     weights[:, num_real:] = -torch.inf
     if temperature != 1.0:
@@ -138,35 +101,50 @@ def exponential_weights(
     return weights.exp_()
 
 
-def search_interval(
-    ends: Float64[Tensor, "rows n"], target: Float64[Tensor, " rows"]
-) -> tuple[Int64[Tensor, " rows"], Float64[Tensor, " rows"]]:
-    """Index of the interval that holds `target`, and the target relative to its beginning.
+def race_blocks(
+    block_masses: Float32[Tensor, "rows blocks"],
+    uniforms: Float64[Tensor, " rows"],
+    shard: VocabularyShard,
+) -> tuple[Float64[Tensor, " rows"], Int64[Tensor, " rows"]]:
+    """The fastest block of this shard, with its speed: drawn with probability as its mass.
 
-    Interval i is [ends[i-1], ends[i]); an empty one is never chosen. Where rounding put the
-    target at or beyond the end, the last interval that is not empty is chosen.
+    A block arrives after an exponential time with its mass as rate; the first of several arrives
+    first with the probability of its share, over any number of ranks. Speed is one over time.
     """
-    index = torch.searchsorted(ends, target[:, None], right=True)
-    last = torch.searchsorted(ends, ends[:, -1:].contiguous(), right=False)
-    index = torch.minimum(index, last).clamp_(max=ends.shape[1] - 1)
-    begin = torch.where(index > 0, ends.gather(1, (index - 1).clamp_(min=0)), 0.0)
-    return index[:, 0], target - begin[:, 0]
+    first_ids = shard.vocab_start + BLOCK * torch.arange(
+        block_masses.shape[1], device=block_masses.device
+    )
+    speed, block = (block_masses / _times(Stream.BLOCK_NOISE, uniforms, first_ids)).max(dim=1)
+    return speed, block
 
 
-def search_block(
-    inside: Float32[Tensor, "rows 128"],
+def race_inside(
+    weights: Float32[Tensor, "rows ids"],
     block: Int64[Tensor, " rows"],
-    target: Float64[Tensor, " rows"],
+    uniforms: Float64[Tensor, " rows"],
+    shard: VocabularyShard,
 ) -> Int64[Tensor, " rows"]:
-    """Column of the shard: the last level of the inverse CDF, given the block's weights."""
-    place, _ = search_interval(inside.cumsum(dim=1, dtype=torch.float64), target)
-    return block * BLOCK + place
+    """The column of the shard that wins within the block whose weights these are."""
+    columns = BLOCK * block[:, None] + torch.arange(weights.shape[1], device=block.device)
+    times = _times(Stream.TOKEN_NOISE, uniforms, shard.vocab_start + columns)
+    return BLOCK * block + (weights / times).argmax(dim=1)
+
+
+def _times(
+    stream: Stream, uniforms: Float64[Tensor, " rows"], ids: Int64[Tensor, "..."]
+) -> Float64[Tensor, "rows n"]:
+    """Standard exponential times, positive, as a pure function of the row's number and the id.
+
+    The number serves as a key by its bits alone; it comes from another stream, of more keys.
+    """
+    key = uniforms.view(torch.int64)[:, None]
+    return counter_random.uniforms(int(stream), key, ids).log_().neg_()
 
 
 def take_block(
-    weights: Float32[Tensor, "rows blocks_times_128"],
+    weights: Float32[Tensor, "rows padded"],
     rows: Int64[Tensor, " some"],
     block: Int64[Tensor, " some"],
-) -> Float32[Tensor, "some 128"]:
+) -> Float32[Tensor, "some ids"]:
     """The weights of one block of each of these rows."""
-    return weights.view(weights.shape[0], -1, BLOCK)[rows, block]
+    return _blocks(weights)[rows, block]

@@ -10,6 +10,7 @@ from packaging.requirements import Requirement as Declared
 
 from nested_reft_mcore.launch import doctor
 from nested_reft_mcore.launch.doctor import REQUIREMENTS, Requirement, check_requirement
+from nested_reft_mcore.mcore import native
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -90,6 +91,17 @@ def test_another_package_called_apex_is_not_taken_for_nvidias(room):
     assert "amp_C is missing" in apex.version
 
 
+@pytest.mark.parametrize(
+    ("problem", "status"),
+    [(None, "ok"), ("not built: no compiler", "not there"), ("this processor is old", "broken")],
+)
+def test_the_decode_kernels_are_found_or_what_is_used_instead(monkeypatch, problem, status):
+    monkeypatch.setattr(native, "problem", lambda: problem)
+    kernels = next(f for f in doctor.check_accelerators() if f.name == "decode kernels")
+    assert (kernels.status, kernels.version, kernels.fatal) == (status, problem or "", False)
+    assert ("torch" in kernels.note) == (problem is not None)
+
+
 def test_the_report_is_json_and_the_exit_code_says_whether_it_is_well(tmp_path):
     # What is needed and not there: psutil hidden behind a package that breaks.
     (tmp_path / "psutil.py").write_text("raise ImportError('hidden')\n")
@@ -109,7 +121,9 @@ def test_the_report_is_json_and_the_exit_code_says_whether_it_is_well(tmp_path):
     states = {finding["name"]: finding["status"] for finding in report["findings"]}
     assert report["healthy"] is False
     assert states["psutil"] == "broken"
-    assert {"torch", "megatron-core", "NCCL", "gloo", "MPI", "flash-attn"} <= set(states)
+    assert {"torch", "megatron-core", "NCCL", "gloo", "MPI", "flash-attn", "decode kernels"} <= set(
+        states
+    )
 
 
 def test_the_tables_name_what_is_used_instead(capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import nested_reft_mcore
+from nested_reft_mcore.mcore import native
 from nested_reft_mcore.observability.environment import environment_report, write_environment
 
 PACKAGE = Path(nested_reft_mcore.__file__).parent
@@ -27,6 +28,7 @@ def test_report_is_written_whole_as_json(tmp_path: Path):
     assert report["cpu"]["memory_gib"] > 0
     assert report["cpu"]["model"]
     assert report["hostname"]
+    assert report["decode_kernels"] == native.problem()
 
 
 def test_variables_are_a_fixed_list(monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,7 @@ from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
 
 MAX_BLOCK = 64
-"""Tokens that a product takes at once, at most; `kBlock` of the source."""
+"""Tokens that a product takes at once, at most; `kBlock` of products.h."""
 
 
 class Layer(ctypes.Structure):
@@ -27,7 +27,7 @@ class Layer(ctypes.Structure):
 
 
 class Pass(ctypes.Structure):
-    """Shapes, addresses and extents of one pass; the source explains the fields."""
+    """Shapes, addresses and extents of one pass; records.h explains the fields."""
 
     _fields_ = [
         *(
@@ -69,6 +69,7 @@ def load_kernels() -> ctypes.CDLL:
     if not library.decode_kernels_supported():
         raise Unavailable("this processor has no AVX2 and FMA")
     pointer = c_void_p
+    library.decode_fits.argtypes = [pointer, c_int64]
     library.decode_attention.argtypes = [pointer, pointer, pointer, pointer]
     library.decode_mlp.argtypes = [pointer, pointer]
     library.decode_linear.argtypes = [*[pointer] * 5, *[c_int64] * 3, c_double, c_int64]
