@@ -165,7 +165,7 @@ def check_tie(policy: Policy, prefix: list[int], tokens: tuple[int, int], u: flo
 
 
 def test_native_kernels_give_the_same_bits_in_every_arrangement(policy: Policy) -> None:
-    if not PolicyDecoder(policy).is_native:
+    if not PolicyDecoder(policy).uses_native_kernels:
         pytest.skip("there are no native kernels here")
     plan = LayerSkipPlan.parse(FOUR_LAYERS, policy.architecture.num_layers)
     sampling = SamplingParams(16, seed=SEED)
