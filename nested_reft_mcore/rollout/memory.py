@@ -49,8 +49,8 @@ def check_one_fits(
         raise UserError(
             f"the keys and values of one sequence of {length} tokens need {_gigabytes(needed)} "
             f"here, and {limit} is {_gigabytes(room)}; {_gigabytes(missing)} are missing on the "
-            "process with least room. Shorten rollout.max_new_tokens or the prompts, spread the model over "
-            "more processes, or raise rollout.kv_cache_gb"
+            "process with least room. Shorten rollout.max_new_tokens or the prompts, spread the "
+            "model over more processes, or raise rollout.kv_cache_gb"
         )
     return needed, room
 
