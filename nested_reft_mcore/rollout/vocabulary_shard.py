@@ -20,6 +20,8 @@ from nested_reft_mcore.algorithm.counter_random import Stream
 
 BLOCK = 128
 """Ids in a block of the two-level race."""
+_LEAST_EXPONENT = -87.0
+"""Weights below e to this are zero. They would be denormal, which takes CPUs ten times as long."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def exponential_weights(
     weights[:, num_real:] = -torch.inf
     if temperature != 1.0:
         weights.div_(temperature)
-    return weights.exp_()
+    return torch.nn.functional.threshold_(weights, _LEAST_EXPONENT, -torch.inf).exp_()
 
 
 def race_blocks(
