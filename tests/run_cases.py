@@ -125,7 +125,11 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a run computed, line by line; lines that hold nothing but times are left out."""
-    times = ("time", "perf/throughput", "perf/time_per_step", "perf/generated_tokens_per_second")
+    times = (
+        *("time", "perf/throughput", "perf/time_per_step", "perf/generated_tokens_per_second"),
+        # These hang on the layout too.
+        *("perf/rollout_waiting_share", "perf/kv_cache_gb"),
+    )
     kept = [
         {
             k: v

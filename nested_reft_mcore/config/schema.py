@@ -86,6 +86,9 @@ class NestedConfig(Section):
     """Layers at either end that are never skipped."""
     part: Literal["layer", "attention", "mlp"] = "layer"
     """What of a layer is skipped."""
+    head_cost: float = Field(default=0.0, ge=0)
+    """Time of the vocabulary head in units of a layer; `stage_balanced` then skips more of the last
+    stage, which has it."""
     check_plan_across_ranks: bool = False
     """Debug: compare a hash of every plan over all processes."""
 

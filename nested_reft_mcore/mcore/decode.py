@@ -29,7 +29,7 @@ from nested_reft_mcore.rollout.pipeline_link import PipelineLink
 from nested_reft_mcore.rollout.token_pass import TokenPass
 
 TORCH_ONLY = "NESTED_REFT_TORCH_DECODE"
-"""Environment variable: anything but empty or 0 leaves the native kernels out."""
+"""Environment variable: anything but empty or 0 leaves native kernels and CUDA graphs out."""
 
 
 class PolicyDecoder:
@@ -187,11 +187,12 @@ class PolicyDecoder:
     def _choose_math(self, wanted: bool | None) -> NativeMath | TorchMath:
         """The way to compute; hidden states look the same on all, so processes may differ."""
         sum_over_shards = self._sum_over_shards if self.tensor_group is not None else None
-        if self.device.type == "cuda":
+        is_torch_only = os.environ.get(TORCH_ONLY, "0") not in ("", "0")
+        if self.device.type == "cuda" and not is_torch_only:
             return GraphedMath(self._shape, sum_over_shards)
         fits = self.device.type == "cpu" and self.dtype == torch.float32
         if wanted is None:
-            wanted = fits and os.environ.get(TORCH_ONLY, "0") in ("", "0") and not native.problem()
+            wanted = fits and not is_torch_only and not native.problem()
         elif wanted and not fits:
             raise native.Unavailable(f"they compute in float32, not in {self.dtype}")
         if wanted:

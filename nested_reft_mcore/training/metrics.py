@@ -38,8 +38,8 @@ def rollout_metrics(
     if drafted:
         metrics["nested/accept_rate"] = accepted / drafted
     metrics["rollout/num_nan"] = sum(columns["is_nan"])
-    metrics["rollout/waiting_share"] = max(columns["waiting_shares"], default=0.0)
-    metrics["rollout/kv_cache_gb"] = max(columns["kv_cache_bytes"], default=0) / 1e9
+    metrics["perf/rollout_waiting_share"] = max(columns["waiting_shares"], default=0.0)
+    metrics["perf/kv_cache_gb"] = max(columns["kv_cache_bytes"], default=0) / 1e9
     seconds = max(columns["seconds"])
     if seconds > 0:
         metrics["perf/generated_tokens_per_second"] = generated / seconds

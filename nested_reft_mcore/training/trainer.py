@@ -162,7 +162,14 @@ def skip_schedule(config: Config, policy: Policy) -> LayerSkipSchedule:
         part=config.nested.part,
         stage_of_layer=policy.stage_of_layer,
         seed=config.seed,
+        stage_extra_cost=_stage_extra_cost(config, policy),
     )
+
+
+def _stage_extra_cost(config: Config, policy: Policy) -> tuple[float, ...]:
+    """What each pipeline stage spends besides its layers, in units of a layer."""
+    num_stages = policy.context.pipeline.size
+    return (*[0.0] * (num_stages - 1), config.nested.head_cost)
 
 
 def check_plan_across_ranks(plan: LayerSkipPlan, context: ParallelContext) -> None:

@@ -32,8 +32,8 @@ pytestmark = pytest.mark.distributed
 NUM_STEPS = 8
 WARM = "model={checkpoint: sft/checkpoints}"
 SFT = ("sft", "config.yaml", "data.train_path=task/sft.jsonl", PIPELINE, "checkpoint.interval=40")
-# verl's names where the meaning is the same (perf/mfu, kl_skip, kl_engine, kl_stale and accept_rate
-# belong to what is not built yet).
+# verl's names where the meaning is the same (perf/mfu, kl_skip, kl_engine and kl_stale belong to
+# what is not built yet).
 METRICS = (
     *("critic/rewards/mean", "response_length/mean", "response_length/clip_ratio"),
     *("actor/entropy", "actor/pg_loss", "actor/ppo_kl", "actor/pg_clipfrac"),
@@ -221,6 +221,18 @@ def test_replay_repeats_updates_without_generating(room: Path, whole: Path) -> N
         assert len(learned) > 15
         for name in (*learned, "nested/ess", "nested/ratio_p05"):
             assert line[name] == original[line["step"]][name], name
+
+
+def test_speculative_rollouts_are_on_policy(room: Path) -> None:
+    """Drafted with layers skipped, and still the full policy's own, whose log-probs they carry."""
+    run(room, *train("lossless", PIPELINE, "train.num_steps=2", "rollout.mode=speculative"))
+    for line in _updates(room / "lossless"):
+        assert 0 < line["nested/accept_rate"] < 1
+        assert line["nested/num_skipped"] == 0
+        assert line["nested/layer_passes/stage_0"] > 0
+    first = _updates(room / "lossless")[0]
+    assert abs(first["rollout_corr/kl"]) < 1e-5
+    assert first["nested/ess"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_replicas_change_nothing(room: Path) -> None:
