@@ -26,12 +26,28 @@ from nested_reft_mcore.observability.environment import environment_report
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hf", metavar="DIR", help="SmolLM2-135M")
-    parser.add_argument("--vllm-python", metavar="PATH")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--threads", type=int, default=2, help="of all processes together")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("bench_rollout.json"))
+    parser.add_argument("--hf", metavar="DIR", help="SmolLM2-135M as a Hugging Face directory")
+    parser.add_argument(
+        "--vllm-python", metavar="PATH", help="interpreter of an environment that has vLLM"
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=list(ROWS),
+        metavar="ROW",
+        help=f"what to measure: {', '.join(ROWS)}; default: everything",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of all processes together (default: 2)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of a row (default: 5)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("bench_rollout.json"),
+        help="JSON, written after every row (default: bench_rollout.json)",
+    )
     options = parser.parse_args()
     settings = Settings(options.hf, options.vllm_python, options.threads, options.repeats)
     lines: list[Line] = []
@@ -41,15 +57,15 @@ def main() -> None:
         started = time.perf_counter()
         lines += ROWS[name](settings)
         seconds[name] = time.perf_counter() - started
+        report: dict[str, Any] = {
+            "what": "bench_rollout",
+            "environment": environment_report(),
+            "settings": asdict(settings),
+            "row_seconds": seconds,
+            "lines": [{**asdict(line), "verdict": line.verdict} for line in lines],
+        }
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
     show(lines)
-    report: dict[str, Any] = {
-        "what": "bench_rollout",
-        "environment": environment_report(),
-        "settings": asdict(settings),
-        "row_seconds": seconds,
-        "lines": [{**asdict(line), "verdict": line.verdict} for line in lines],
-    }
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
     print(f"{options.output}: written")
 
 

@@ -40,6 +40,12 @@ def describe_workload(result: WorkloadResult) -> list[str]:
     """The lines of one table."""
     lines = [_cells(row) for row in result.rows]
     table = align([_HEADINGS, *lines])
+    useless = [row.key for row in result.rows if row.key.startswith("every") and row.speedup <= 1]
+    if useless:
+        table.append(
+            f"skipping {' and '.join(useless)} made nothing faster, so ceilings and ratios mean "
+            "nothing: the model is too small, or the machine is busy"
+        )
     return [f"{result.name} (prompts x prompt tokens + new tokens)", *table] + [
         describe_peer(peer) for peer in result.peers
     ]

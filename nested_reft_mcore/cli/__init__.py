@@ -219,7 +219,8 @@ def generate(
         ),
     ] = False,
     max_slots: Annotated[
-        int | None, typer.Option("--slots", help="Sequences decoded at the same time.")
+        int | None,
+        typer.Option("--max-slots", "--slots", help="Sequences decoded at the same time."),
     ] = None,
     kv_cache_gb: Annotated[
         float | None, typer.Option(help="Memory for keys and values; default: half of the free.")

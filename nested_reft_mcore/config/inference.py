@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -67,7 +67,7 @@ class GenerateOptions(ModelSource):
     """Tokens that end a completion, beside the tokenizer's end of sequence."""
     template: Literal["none", "chat"] = "none"
     """`chat` puts each `prompt` through the chat template; `messages` always go through it."""
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a completion as soon as it contains one."""
     speculative: bool = False
     """The model with layers skipped drafts and the full one verifies: its very distribution."""

@@ -1,6 +1,6 @@
 """Every option of a run. A file holds these sections; `section.field=value` overrides one value."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -87,8 +87,7 @@ class NestedConfig(Section):
     part: Literal["layer", "attention", "mlp"] = "layer"
     """What of a layer is skipped."""
     head_cost: float = Field(default=0.0, ge=0)
-    """Time of the vocabulary head in units of a layer; `stage_balanced` then skips more of the last
-    stage, which has it."""
+    """Time of the vocabulary head, in layers, that `stage_balanced` sees on the last stage."""
     check_plan_across_ranks: bool = False
     """Debug: compare a hash of every plan over all processes."""
 
@@ -110,7 +109,7 @@ class RolloutConfig(Section):
     """Keep the smallest set of tokens with this mass; refused by `train`."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a completion, beside the tokenizer's end of sequence."""
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a completion as soon as it contains one."""
     mode: Literal["nested", "full", "speculative"] = "nested"
     """`nested` generates with layers skipped; `full` skips nothing, whatever `nested` says;

@@ -170,6 +170,7 @@ class Generation(Generic[Cache]):
             decoded_tokens=scheduler.decoded_tokens,
             drafted_tokens=scheduler.drafted_tokens,
             accepted_tokens=scheduler.accepted_tokens,
+            draft_skip_ratio=self._draft_plan.skip_ratio if self._draft_plan != self._plan else 0.0,
         )
 
     def _advance(self, traffic: _LaneTraffic) -> None:

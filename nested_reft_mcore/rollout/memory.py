@@ -45,15 +45,11 @@ def check_one_fits(
     room = int(model.free_bytes() * _SHARE_OF_FREE) if kv_cache_bytes is None else kv_cache_bytes
     missing = -model.agree_on_least(room - needed)
     if missing > 0:
-        limit = "half of the free memory" if kv_cache_bytes is None else "rollout.kv_cache_gb"
+        limit = "half of the free memory" if kv_cache_bytes is None else "kv_cache_gb"
         raise UserError(
-            f"the keys and values of one sequence of {length} tokens need {_gigabytes(needed)} "
-            f"here, and {limit} is {_gigabytes(room)}; {_gigabytes(missing)} are missing on the "
-            "process with least room. Shorten rollout.max_new_tokens or the prompts, spread the "
-            "model over more processes, or raise rollout.kv_cache_gb"
+            f"the keys and values of one sequence of {length} tokens need {needed:,} bytes here, "
+            f"and {limit} is {room:,}; {missing:,} are missing on the process with least room. "
+            "Lower max_new_tokens, shorten the prompts, spread the model over more processes, or "
+            "raise kv_cache_gb"
         )
     return needed, room
-
-
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.3f} GB"

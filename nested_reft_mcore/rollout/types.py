@@ -129,6 +129,8 @@ class RolloutStats:
     """Tokens that the draft plan proposed."""
     accepted_tokens: int = 0
     """Proposed tokens that verification kept."""
+    draft_skip_ratio: float = 0.0
+    """Share of the model that the draft plan leaves out."""
 
     @property
     def accept_rate(self) -> float:

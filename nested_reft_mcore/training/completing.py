@@ -31,12 +31,17 @@ class GenerationTotals:
     num_tokens: int = 0
     seconds: float = 0.0
     """Replicas work side by side: the slowest one's time."""
+    speculates: bool = False
+    num_drafted: int = 0
+    num_accepted: int = 0
     layer_executions: list[float] = field(default_factory=list)
     """For each pipeline rank."""
 
     def add(self, replicas: Sequence[RolloutStats]) -> None:
         """Count a chunk."""
         self.num_tokens += sum(stats.generated_tokens for stats in replicas)
+        self.num_drafted += sum(stats.drafted_tokens for stats in replicas)
+        self.num_accepted += sum(stats.accepted_tokens for stats in replicas)
         self.seconds += max(stats.seconds for stats in replicas)
         counts = [self.layer_executions, *(stats.layer_executions for stats in replicas)]
         self.layer_executions = [sum(stage) for stage in zip(*filter(None, counts), strict=True)]
@@ -55,7 +60,16 @@ class GenerationTotals:
         return (
             f"{self.num_completions} completions, {self.num_tokens} tokens in {self.seconds:.1f} s "
             f"({self.tokens_per_second:,.0f} tokens/s); passes through a layer: {executions}"
+            + self._describe_drafts()
         )
+
+    def _describe_drafts(self) -> str:
+        if not self.speculates:
+            return ""
+        if not self.num_drafted:
+            return "; nothing was drafted: with so few layers skipped it would not have paid"
+        share = self.num_accepted / self.num_drafted
+        return f"; {self.num_accepted} of {self.num_drafted} drafted tokens accepted ({share:.0%})"
 
 
 def completed_lines(
@@ -74,6 +88,7 @@ def completed_lines(
     sequences = (options.max_slots or MOST_SLOTS) * _SEQUENCES_PER_SLOT
     prompts_per_replica = max(1, sequences // options.num_samples)
     draft_plan = None
+    totals.speculates = options.speculative
     if options.speculative:
         plan, draft_plan = LayerSkipPlan.full(plan.num_layers), plan
     skipped = (draft_plan or plan).describe() if (draft_plan or plan).skipped else None

@@ -35,6 +35,8 @@ def rollout_metrics(
         "perf/generated_tokens": generated,
     }
     drafted, accepted = sum(columns["drafted"]), sum(columns["accepted"])
+    if rollouts.stats.draft_skip_ratio:
+        metrics["nested/draft_skip_ratio"] = rollouts.stats.draft_skip_ratio
     if drafted:
         metrics["nested/accept_rate"] = accepted / drafted
     metrics["rollout/num_nan"] = sum(columns["is_nan"])
