@@ -64,7 +64,7 @@ ENGINES = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     PROMPTS,
     st.integers(1, 4),
@@ -108,7 +108,7 @@ def test_rollouts_equal_completions_made_alone(
         assert tokens.num_tokens <= most or sum(p.length for p in tokens.pieces) <= 1
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(PROMPTS, st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(1, 20))
 def test_speculation_keeps_rows_and_counts_together(
     prompts: list[Prompt], num_samples: int, slots: int, most_drafted: int, batched: int
