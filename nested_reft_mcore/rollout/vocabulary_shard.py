@@ -100,7 +100,7 @@ def exponential_weights(
     weights[:, num_real:] = -torch.inf
     if temperature != 1.0:
         weights.div_(temperature)
-    return torch.nn.functional.threshold_(weights, _LEAST_EXPONENT, -torch.inf).exp_()
+    return torch.threshold_(weights, _LEAST_EXPONENT, -torch.inf).exp_()
 
 
 def race_blocks(
