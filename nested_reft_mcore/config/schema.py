@@ -112,8 +112,7 @@ class RolloutConfig(Section):
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a completion as soon as it contains one."""
     mode: Literal["nested", "full", "speculative"] = "nested"
-    """`nested` generates with layers skipped; `full` skips nothing, whatever `nested` says;
-    `speculative` is lossless: the nested policy drafts, the full one verifies."""
+    """Skip layers; skip none; or lossless: the nested policy drafts, the full one verifies."""
     max_draft_tokens: int = Field(default=8, gt=0)
     """Longest draft of `speculative`; shorter ones where few of their tokens are accepted."""
     max_slots: int | None = Field(default=None, gt=0)
