@@ -22,9 +22,6 @@ from nested_reft_mcore.rollout.types import (
     SamplingParams,
 )
 
-ROWS_WORTH_A_GROUP = 16
-"""With fewer rows at a time products get slower on a CPU."""
-
 
 class RolloutEngine:
     """Generates completions with whatever policy it is handed."""
@@ -111,7 +108,7 @@ class RolloutEngine:
         scheduler = Scheduler(
             rule,
             num_slots=num_slots,
-            num_lanes=_num_lanes(model, num_slots),
+            num_lanes=model.link.num_stages,
             max_num_batched_tokens=self.max_num_batched_tokens,
             batching=self.batching,
             draft_length=_draft_length(plan, draft_plan, most_drafted),
@@ -137,18 +134,6 @@ class RolloutEngine:
             rollouts = generation.rollouts(prompts, first_prompt_index, detokenize)
             stats = generation.stats(num_slots, time.perf_counter() - started)
         return RolloutBatch(rollouts, num_samples, plan, stats)
-
-
-def _num_lanes(model: DecodeModel, num_slots: int) -> int:
-    """Slot groups in flight: one for each pipeline stage, or up to two where that costs nothing.
-
-    With two, a stage has something to do while the next group's message is late. A GPU reads all
-    weights once for each group, however many rows it has; a CPU is bound by arithmetic instead.
-    """
-    num_stages = model.link.num_stages
-    if num_stages == 1 or model.device.type != "cpu":
-        return num_stages
-    return max(num_stages, min(2 * num_stages, num_slots // ROWS_WORTH_A_GROUP))
 
 
 def _draft_length(

@@ -23,7 +23,6 @@ from nested_reft_mcore.mcore.layer_weights import parameters_of
 from nested_reft_mcore.mcore.model import Policy, build_policy
 from nested_reft_mcore.mcore.pipeline import forward_logprobs
 from nested_reft_mcore.mcore.weights import initialize_weights
-from nested_reft_mcore.rollout import engine
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.engine import RolloutEngine
 from nested_reft_mcore.rollout.generation import GenerationInterrupted
@@ -78,8 +77,6 @@ def samplings() -> dict[str, SamplingParams]:
 
 def decode_layout(ranks: RankInfo, options: dict[str, Any]) -> Decoded:
     """Run every case in this layout."""
-    # So few sequences would make no more groups than there are stages.
-    engine.ROWS_WORTH_A_GROUP = 3
     parallel = ParallelConfig(**options)
     context = initialize_parallel(parallel, ranks, seed=0)
     found = Decoded({}, {}, {}, {}, {})
