@@ -180,7 +180,7 @@ class TorchPass:
         heads = (places.num_rows, places.width, shape.groups, shape.heads_per_group)
         folded = query.view(*heads, shape.head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = places.mask
-        if mask is not None:
+        if mask is not None and places.width > 1:
             mask = mask.repeat(1, 1, shape.heads_per_group, 1)
         context = F.scaled_dot_product_attention(
             folded,

@@ -16,6 +16,7 @@ from nested_reft_mcore.rollout.engine import RolloutEngine
 from nested_reft_mcore.rollout.memory import MOST_SLOTS
 from nested_reft_mcore.rollout.types import Prompt, Rollout, RolloutStats, SamplingParams
 from nested_reft_mcore.training.chunks import cut, gather_on_main, json_numbers, my_part
+from nested_reft_mcore.training.replicas import is_replica_writer
 from nested_reft_mcore.training.sampling import cache_bytes
 
 _SEQUENCES_PER_SLOT = 4
@@ -87,6 +88,7 @@ def completed_lines(
     decoder = PolicyDecoder(policy)
     sequences = (options.max_slots or MOST_SLOTS) * _SEQUENCES_PER_SLOT
     prompts_per_replica = max(1, sequences // options.num_samples)
+    needs_text = bool(options.stop_strings) or is_replica_writer(context)
     draft_plan = None
     totals.speculates = options.speculative
     if options.speculative:
@@ -104,8 +106,8 @@ def completed_lines(
                 plan,
                 draft_plan=draft_plan,
                 first_prompt_index=shard.start,
-                # Stop strings are looked for on every process.
-                detokenize=tokenizer.decode,
+                # Stop strings are looked for on every process, text is written by one.
+                detokenize=tokenizer.decode if needs_text else None,
             )
             replicas = gather_on_main(batch, context)
             if not replicas:
