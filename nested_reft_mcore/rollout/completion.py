@@ -31,7 +31,8 @@ class StopRule:
 
     def limit(self, prompt: Prompt) -> int:
         """Longest response to this prompt."""
-        return min(self.max_new_tokens, prompt.max_new_tokens or self.max_new_tokens)
+        own = prompt.max_new_tokens
+        return self.max_new_tokens if own is None else min(self.max_new_tokens, own)
 
     def ends(self, token_ids: list[int]) -> bool:
         """Whether the last of these tokens is a stop token or completes a stop string."""

@@ -162,6 +162,11 @@ def _check(
     for prompt in prompts:
         if not prompt.token_ids:
             raise ValueError(f"prompt {prompt.source or prompt.text!r} has no tokens")
+        if rule.limit(prompt) < 1:
+            raise ValueError(
+                f"prompt {prompt.source or prompt.text!r}: max_new_tokens must be at least 1, "
+                f"found {prompt.max_new_tokens}"
+            )
         if len(prompt.token_ids) + rule.limit(prompt) > model.max_length:
             raise ValueError(
                 f"prompt {prompt.source or prompt.text[:40]!r} has {len(prompt.token_ids)} tokens; "

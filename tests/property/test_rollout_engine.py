@@ -233,6 +233,12 @@ def test_what_cannot_be_generated_is_refused(prompt, plan, message) -> None:
         RolloutEngine(4).generate(HashModel(), [Prompt(prompt, "")], 1, SamplingParams(3), plan)
 
 
+def test_a_prompt_has_room_for_a_token() -> None:
+    prompt = Prompt((1,), "", max_new_tokens=0)
+    with pytest.raises(ValueError, match="must be at least 1, found 0"):
+        RolloutEngine(4).generate(HashModel(), [prompt], 1, SamplingParams(3), PLAN)
+
+
 @pytest.mark.parametrize("options", [{"max_slots": 0}, {"max_num_batched_tokens": 0}])
 def test_engines_without_room_are_refused(options) -> None:
     with pytest.raises(ValueError, match="must be at least 1, found 0"):
