@@ -1,8 +1,8 @@
 """From token losses to one number: a sum here, and a denominator that is the global batch's.
 
-A micro-batch returns its sum beside its share of the denominator. Whoever owns the global batch adds
-both over micro-batches, accumulation steps and replicas and divides once, so that no split changes
-the result. The names are verl's (`loss_agg_mode`).
+A micro-batch returns its sum beside its share of the denominator. Whoever owns the global batch
+adds both over micro-batches, accumulation steps and replicas and divides once, so that no split
+changes the result. The names are verl's (`loss_agg_mode`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 With w_t = target / behavior of the t-th sampled token, a correction turns the ratios of a sequence
 into the weights of its tokens. Only `trajectory`, the untruncated product over the whole sequence,
 is unbiased; docs/algorithm.md has the formulas, their sources, and what each one's bias is.
-`practical`, `base` and `retrace` are the variants of Nested-ReFT (arXiv 2508.10123) as we read them.
+`practical`, `base` and `retrace` are the variants of Nested-ReFT (arXiv 2508.10123), as we read it.
 """
 
 from __future__ import annotations

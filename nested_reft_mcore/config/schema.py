@@ -170,7 +170,7 @@ class AlgorithmConfig(Section):
     retrace_lambda: float = Field(default=1.0, ge=0, le=1)
     """Lambda of `retrace` and `retrace_cumulative` (arXiv 1606.02647)."""
     rollout_rs: str | None = None
-    """Rejections, comma-separated: token_k1 to _k3, seq_sum_k1, seq_mean_k3, seq_max_k2 and so on."""
+    """Rejections, comma-separated: token_k1 to _k3, seq_sum_k1, seq_mean_k3, seq_max_k2, ...."""
     rollout_rs_threshold: float | str | None = None
     """Bound of each rejection, comma-separated; k1: behavior / target as "low_high", else nats."""
     log_ratio_clamp: float = Field(default=20.0, gt=0)
