@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.controller import check_controller
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import (
     Config,
@@ -41,6 +42,7 @@ def check_config(config: Config) -> None:
             "rollout.mode=speculative: the draft comes from the nested policy, and nested skips "
             "nothing; set nested.skip_ratio or nested.num_skipped"
         )
+    check_controller(config)
     _check_sft(config)
     _check_objective(config)
     _check_steps(config)
@@ -158,6 +160,9 @@ def check_depth(config: Config, num_layers: int) -> None:
     nested = config.nested
     _check_skippable("nested", num_skipped(nested, num_layers), num_layers, nested.border_layers)
     _check_skippable("sft", config.sft.max_skipped, num_layers, config.sft.border_layers)
+    controller = config.controller
+    most = max(controller.min_skipped, controller.max_skipped or 0)
+    _check_skippable("controller", most, num_layers, nested.border_layers, "nested")
 
 
 def num_skipped(nested: NestedConfig, num_layers: int) -> int:
@@ -210,12 +215,15 @@ def check_warm_up_batches(config: Config, data_parallel_size: int) -> None:
         )
 
 
-def _check_skippable(section: str, count: int, num_layers: int, border: int) -> None:
+def _check_skippable(
+    section: str, count: int, num_layers: int, border: int, owner: str | None = None
+) -> None:
+    """`owner` is the section of `border_layers`, if it is another."""
     between = max(num_layers - 2 * border, 0)
     if count > between:
         raise UserError(
             f"{section}: {count} layers to skip, but {num_layers} layers with "
-            f"{section}.border_layers={border} leave {between} that may be skipped"
+            f"{owner or section}.border_layers={border} leave {between} that may be skipped"
         )
 
 

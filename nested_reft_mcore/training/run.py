@@ -62,8 +62,8 @@ class StopRequest(Exception):
 class RunState:
     """What a run counts; comes back with a checkpoint.
 
-    Every field is saved as JSON and restored by name: whatever else has to survive a restart, such
-    as the state of a controller, becomes a field here.
+    Every field is saved as JSON and restored by name, if the checkpoint is not older than it:
+    whatever else has to survive a restart becomes a field here.
     """
 
     step: int = 0
@@ -74,6 +74,8 @@ class RunState:
     """The latest of them, since the last update that was taken."""
     data: dict[str, Any] = field(default_factory=dict)
     """Position in the data."""
+    controller: dict[str, Any] = field(default_factory=dict)
+    """What the skip controller has learnt; empty where there is none."""
     owed: dict[str, float] | None = None
     """The step's metrics, while it is not evaluated and recorded yet although its updates are done.
     Before the first step: empty, while the evaluation before training is to come."""
@@ -331,7 +333,7 @@ class Run:
                 f"{checkpoint}: was saved by `{state.get('command')}`, this is `{self._command}`; "
                 "give the two run_dirs of their own; model.checkpoint starts from its weights"
             )
-        self.state = RunState(**{name: state[name] for name in vars(RunState())})
+        self.state = RunState(**{name: state[name] for name in vars(RunState()) if name in state})
         metrics = self.directory / METRICS_FILE
         if self.context.is_main and not metrics.exists():
             shutil.copyfile(checkpoint / METRICS_FILE, metrics)

@@ -31,6 +31,8 @@ class UpdateResult:
     """False where the gradient was not finite and the weights stayed as they were."""
     metrics: dict[str, float]
     """Over the global mini-batch."""
+    logprobs: Tensor
+    """`[batch, seq]` float32 on the CPU: this replica's, of the labels, before the update."""
 
 
 def objective_settings(config: AlgorithmConfig) -> ObjectiveSettings:
@@ -77,14 +79,16 @@ class Learner:
         if self._settings.objective != "ppo_clip" or self._settings.bypass_mode:
             return batch
         with self._timers("old_log_prob"):
-            return batch.with_old_logprobs(
-                forward_logprobs(
-                    self._policy,
-                    batch,
-                    micro_batch_size=self._micro_batch_size,
-                    temperature=self._temperature,
-                )
-            )
+            return batch.with_old_logprobs(self.logprobs(batch))
+
+    def logprobs(self, batch: TrainingBatch) -> Tensor:
+        """`[batch, seq]` float32 on the CPU: of the labels, under the policy as it stands."""
+        return forward_logprobs(
+            self._policy,
+            batch,
+            micro_batch_size=self._micro_batch_size,
+            temperature=self._temperature,
+        )
 
     def update(self, batch: TrainingBatch) -> UpdateResult:
         """Take one step on `batch`, this replica's share of the global mini-batch.
@@ -105,7 +109,7 @@ class Learner:
         metrics = _global_metrics(result.outputs, self._policy.context)
         metrics["actor/grad_norm"] = outcome.grad_norm
         metrics["actor/lr"] = outcome.lr
-        return UpdateResult(outcome.applied, metrics)
+        return UpdateResult(outcome.applied, metrics, result.logprobs)
 
 
 def mean_over_updates(updates: Sequence[UpdateResult]) -> dict[str, float]:
