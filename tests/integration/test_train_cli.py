@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,13 @@ pytestmark = pytest.mark.distributed
 
 NUM_STEPS = 8
 WARM = "model={checkpoint: sft/checkpoints}"
+# A KL between that of two layers and that of four, and no patience: the controller goes to and fro.
+STEERED = (
+    "controller={metric: kl, target: 0.006, patience: 1, max_wait: 2}",
+    "diagnostics.split_every=2",
+)
 SFT = ("sft", "config.yaml", "data.train_path=task/sft.jsonl", PIPELINE, "checkpoint.interval=40")
-# verl's names where the meaning is the same (perf/mfu, kl_skip, kl_engine and kl_stale belong to
-# what is not built yet).
+# verl's names where the meaning is the same (perf/mfu belongs to what is not built yet).
 METRICS = (
     *("critic/rewards/mean", "response_length/mean", "response_length/clip_ratio"),
     *("actor/entropy", "actor/pg_loss", "actor/ppo_kl", "actor/pg_clipfrac"),
@@ -68,7 +73,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(room: Path) -> Path:
     """The run that nothing interrupts, on two pipeline stages."""
-    run(room, *train("whole", PIPELINE, "checkpoint.export_hf=true"))
+    run(room, *train("whole", PIPELINE, *STEERED, "checkpoint.export_hf=true"))
     return room / "whole"
 
 
@@ -87,7 +92,7 @@ def test_warm_up_learns_and_goes_on_from_a_path(room: Path) -> None:
 
 def test_run_directory_tells_what_was_run(room: Path, whole: Path) -> None:
     assert load_config(whole / "config.yaml", []) == load_config(
-        room / "config.yaml", [*train("whole", PIPELINE, "checkpoint.export_hf=true")[2:]]
+        room / "config.yaml", [*train("whole", PIPELINE, *STEERED, "checkpoint.export_hf=true")[2:]]
     )
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["world_size"] == 2
@@ -115,7 +120,6 @@ def test_metrics_have_the_names_of_the_vocabulary(whole: Path) -> None:
     assert list(by_step) == list(range(1, NUM_STEPS + 1))
     for line in by_step.values():
         assert set(METRICS) <= line.keys()
-        assert line["nested/num_skipped"] == 2
         assert line["nested/stage_imbalance"] == 1
     # Evaluation before the first step and every second one; a save is timed after its line.
     assert set(EVALUATION) <= lines[0].keys()
@@ -132,6 +136,29 @@ def test_metrics_have_the_names_of_the_vocabulary(whole: Path) -> None:
     assert sum(line["actor/grad_norm"] > 1e-3 for line in by_step.values()) > NUM_STEPS // 2
     assert any(line["actor/pg_clipfrac"] > 0 for line in by_step.values())
     assert all(line["rollout_corr/k3_kl"] > 1e-6 for line in by_step.values())
+
+
+def test_the_controller_moves_what_is_skipped(whole: Path) -> None:
+    lines = _updates(whole)
+    skipped = [line["nested/num_skipped"] for line in lines]
+    assert skipped[0] == 2
+    assert set(skipped) == {2, 4}
+    assert sum(one != other for one, other in pairwise(skipped)) > 2
+    for line, following in pairwise(lines):
+        assert line["controller/off_policyness"] == max(0.0, line["rollout_corr/kl"])
+        assert line["controller/next_num_skipped"] == following["nested/num_skipped"]
+
+
+def test_the_ratio_is_split_every_second_step(whole: Path) -> None:
+    split = {line["step"]: line for line in metrics_of(whole) if "nested/kl_skip" in line}
+    assert list(split) == [1, 3, 5, 7]
+    for line in split.values():
+        # The ratio of decoupled PPO is old over behavior: staleness is beside it.
+        parts = line["nested/kl_engine"] + line["nested/kl_skip"]
+        assert parts == pytest.approx(line["rollout_corr/kl"], abs=1e-6)
+        assert line["nested/kl_stale"] == pytest.approx(line["actor/ppo_kl"], abs=1e-6)
+        assert abs(line["nested/kl_engine"]) < 1e-5
+        assert 0 < line["timing_s/diagnostics"] < line["timing_s/step"]
 
 
 def test_tensorboard_holds_the_same_numbers(whole: Path) -> None:
@@ -163,15 +190,15 @@ def test_rollouts_are_dumped_with_their_record(room: Path, whole: Path) -> None:
         # Metrics count finished steps, files the running one.
         mean = sum(line["reward"] for line in lines) / 32
         assert by_step[step + 1]["critic/rewards/mean"] == pytest.approx(mean)
-    assert plans <= {"1,3", "1,4", "2,3", "2,4"}
-    assert len(plans) > 1
+    assert plans <= {"1,3", "1,4", "2,3", "2,4", "1,2,3,4"}
+    assert len(plans) > 2
 
 
 def test_killed_and_resumed_equals_uninterrupted(room: Path, whole: Path) -> None:
     """SIGTERM, then SIGKILL after a checkpoint; what is left to do is told by the last start."""
     directory = room / "killed"
     # More steps than are ever reached: the kill can't come too late.
-    endless = start(room, *train("killed", PIPELINE, "train.num_steps=1000"))
+    endless = start(room, *train("killed", PIPELINE, *STEERED, "train.num_steps=1000"))
     wait_until(endless, lambda: _last_step(directory) >= 1)
     endless.send_signal(signal.SIGTERM)
     code, _, err = finish(endless)
@@ -180,7 +207,7 @@ def test_killed_and_resumed_equals_uninterrupted(room: Path, whole: Path) -> Non
     assert (directory / "requeue").read_text() == f"step {stopped_at}\n"
     assert _last_step(directory) == stopped_at < NUM_STEPS
 
-    endless = start(room, *train("killed", PIPELINE, "train.num_steps=1000"))
+    endless = start(room, *train("killed", PIPELINE, *STEERED, "train.num_steps=1000"))
     wait_until(
         endless,
         lambda: stopped_at < _checkpoint_step(directory) < _last_step(directory),
@@ -190,7 +217,7 @@ def test_killed_and_resumed_equals_uninterrupted(room: Path, whole: Path) -> Non
     assert not (directory / "requeue").exists()
     assert stopped_at < _checkpoint_step(directory) < NUM_STEPS
 
-    run(room, *train("killed", PIPELINE))
+    run(room, *train("killed", PIPELINE, *STEERED))
     expected, found = without_times(metrics_of(whole)), without_times(metrics_of(directory))
     assert len(found) == len(expected)
     for line, other in zip(found, expected, strict=True):
@@ -238,11 +265,12 @@ def test_speculative_rollouts_are_on_policy(room: Path) -> None:
 
 def test_replicas_change_nothing(room: Path) -> None:
     """One process, and two replicas with everything distributed and overlapped."""
-    steps = "train.num_steps=3"
-    run(room, *train("single", steps))
+    bypass = "algorithm={objective: ppo_clip, bypass_mode: true, clip_ratio_low: 0.05}"
+    steps = ("train.num_steps=3", "diagnostics.split_every=1", bypass)
+    run(room, *train("single", *steps))
     distributed = "optimizer.use_distributed_optimizer=true"
     overlaps = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
-    run(room, *train("replicas", steps, "parallel.data_parallel_size=2", distributed, *overlaps))
+    run(room, *train("replicas", *steps, "parallel.data_parallel_size=2", distributed, *overlaps))
     single, replicas = _updates(room / "single"), _updates(room / "replicas")
     assert [line["step"] for line in replicas] == [1, 2, 3]
     for line, other in zip(replicas, single, strict=True):
@@ -251,6 +279,11 @@ def test_replicas_change_nothing(room: Path) -> None:
             # Passes are counted on one replica.
             if not key.startswith("nested/layer_passes"):
                 assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7), key
+    for line in single:
+        # Two updates a step: the second one's policy is not the one that generated.
+        assert abs(line["nested/kl_stale"]) > 1e-4
+        parts = [line[f"nested/kl_{name}"] for name in ("engine", "skip", "stale")]
+        assert sum(parts) == pytest.approx(line["rollout_corr/kl"], abs=1e-6)
     for step in range(3):
         assert _rollouts(room / "replicas", step) == _rollouts(room / "single", step)
     assert len(list((room / "replicas" / "rollouts").glob("step_000000.*"))) == 2

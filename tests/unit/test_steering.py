@@ -55,8 +55,7 @@ def test_no_level_at_all_is_a_mistake() -> None:
 
 def test_the_plan_follows_the_level_and_a_resumed_run_goes_on_alike() -> None:
     made = schedule()
-    steering = SkipSteering(CONTROLLER, made, {})
-    resumed = steering
+    steering, resumed = (SkipSteering(CONTROLLER, made, {}) for _ in range(2))
     sizes = []
     for step in range(40):
         plan = steering.plan(step)
