@@ -287,6 +287,11 @@ def _check_objective(config: Config) -> None:
 
 
 def _check_steps(config: Config) -> None:
+    if config.algorithm.filter_groups and config.rollout.group_size == 1:
+        raise UserError(
+            "algorithm.filter_groups=true with rollout.group_size=1: a group of one has equal "
+            "rewards always, and all would be dropped; expected a group_size of 2 or more"
+        )
     total = config.rollout.prompts_per_step * config.rollout.group_size
     updates = config.train.updates_per_step
     if total % updates:

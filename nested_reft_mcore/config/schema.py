@@ -174,6 +174,10 @@ class AlgorithmConfig(Section):
     """PPO clips the ratio above 1 + this."""
     bypass_mode: bool = False
     """PPO ratio is target / behavior instead of target / old times a correction (`decoupled`)."""
+    filter_groups: bool = False
+    """Dynamic sampling (arXiv 2503.14476): groups with equal rewards are replaced by new ones."""
+    max_refills: int = Field(default=2, ge=0)
+    """Most times that `filter_groups` generates anew in a step; what is left then is masked."""
 
 
 class OptimizerConfig(Section):

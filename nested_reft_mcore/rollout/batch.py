@@ -85,6 +85,11 @@ class TrainingBatch:
             )
         return replace(self, old_logprobs=old_logprobs.detach().float().to(self.tokens.device))
 
+    def without_rows(self, left_out: Bool[Tensor, " batch"]) -> TrainingBatch:
+        """The same rows, but those left out have no response: they count for nothing."""
+        keeps = ~left_out.to(self.response_mask.device)
+        return replace(self, response_mask=self.response_mask & keeps[:, None])
+
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The same batch on another device."""
         return self._map(lambda _, column: column.to(device, non_blocking=True))

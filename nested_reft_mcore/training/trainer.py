@@ -22,6 +22,7 @@ from nested_reft_mcore.mcore.hf_weights import export_hf_weights
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.dump import dump_rollouts
+from nested_reft_mcore.training.dynamic_sampling import equal_groups
 from nested_reft_mcore.training.evaluation import Evaluator
 from nested_reft_mcore.training.experience import (
     ExperienceSource,
@@ -110,12 +111,16 @@ def _loop(
             plan = steering.plan(step)
             if config.nested.check_plan_across_ranks:
                 check_plan_across_ranks(plan, run.context)
-            rollouts, rewards = experience.collect(step, plan, timers)
+            collected = experience.collect(step, plan, timers)
+            rollouts, rewards = collected.rollouts, collected.rewards
             advantages = group_relative_advantages(
                 rewards, config.algorithm.advantage, group_size=rollouts.group_size
             )
-            metrics = rollout_metrics(rollouts, rewards, run.context)
+            metrics = rollout_metrics(rollouts, rewards, run.context) | collected.metrics
             batch = learner.training_batch(rollouts, advantages)
+            if config.algorithm.filter_groups:
+                # Where too few groups teach, others fill the batch up.
+                batch = batch.without_rows(equal_groups(rewards, rollouts.group_size))
             split = _split_ratio(run, learner, batch, rollouts.plan)
             updates = []
             for minibatch in batch.deal(config.train.updates_per_step):

@@ -2,15 +2,20 @@
 
 import json
 import re
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 from test_config_checks import config, refusal
 
-from nested_reft_mcore.algorithm.layer_skip import LayerSkipSchedule
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, LayerSkipSchedule
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ControllerConfig
 from nested_reft_mcore.training.ratio_split import explain_engine_noise
 from nested_reft_mcore.training.steering import SkipSteering, skip_levels
+from nested_reft_mcore.training.trainer import _check_engine_noise
+from nested_reft_mcore.training.update import UpdateResult
 
 CONTROLLER = ControllerConfig(metric="kl", target=0.5, patience=1, max_wait=8)
 
@@ -120,3 +125,22 @@ def test_engine_noise_is_explained_beyond_rounding_only() -> None:
         assert message is not None
         assert f"{k3_kl:.3g} nats" in message
     assert explain_engine_noise(float("nan"), "float32") is not None
+
+
+@pytest.mark.parametrize(
+    ("plan", "replay", "k3_kl", "warns"),
+    [
+        ("none", None, 1e-3, True),
+        ("none", None, 1e-8, False),
+        ("3", None, 1e-3, False),
+        # Another run's weights made them.
+        ("none", "other", 1e-3, False),
+    ],
+)
+def test_a_run_warns_of_an_engine_that_disagrees(plan, replay, k3_kl, warns, caplog) -> None:
+    run = SimpleNamespace(
+        config=config(rollout={"replay": replay}), context=SimpleNamespace(is_main=True)
+    )
+    first = UpdateResult(True, {"rollout_corr/k3_kl": k3_kl}, torch.zeros(1, 1))
+    _check_engine_noise(cast(Any, run), LayerSkipPlan.parse(plan, 12), first)
+    assert ("every importance ratio is off by that" in caplog.text) == warns
