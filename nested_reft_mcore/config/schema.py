@@ -174,6 +174,10 @@ class AlgorithmConfig(Section):
     """PPO clips the ratio above 1 + this."""
     bypass_mode: bool = False
     """PPO ratio is target / behavior instead of target / old times a correction (`decoupled`)."""
+    kl_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the initial policy in the loss; 0 needs no reference policy."""
+    kl_reward_coef: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the initial policy in the reward; 0 needs no reference policy."""
     filter_groups: bool = False
     """Dynamic sampling (arXiv 2503.14476): groups with equal rewards are replaced by new ones."""
     max_refills: int = Field(default=2, ge=0)

@@ -85,6 +85,14 @@ class TrainingBatch:
             )
         return replace(self, old_logprobs=old_logprobs.detach().float().to(self.tokens.device))
 
+    def with_ref_logprobs(self, ref_logprobs: Float[Tensor, "batch seq"]) -> TrainingBatch:
+        """The same batch with the reference's log-probs; ValueError for another shape."""
+        if ref_logprobs.shape != self.tokens.shape:
+            raise ValueError(
+                f"ref_logprobs {tuple(ref_logprobs.shape)} for tokens {tuple(self.tokens.shape)}"
+            )
+        return replace(self, ref_logprobs=ref_logprobs.detach().float().to(self.tokens.device))
+
     def without_rows(self, left_out: Bool[Tensor, " batch"]) -> TrainingBatch:
         """The same rows, but those left out have no response: they count for nothing."""
         keeps = ~left_out.to(self.response_mask.device)

@@ -44,6 +44,7 @@ from nested_reft_mcore.training.policy_setup import (
     load_policy,
     load_policy_tokenizer,
 )
+from nested_reft_mcore.training.reference import ReferencePolicy
 from nested_reft_mcore.training.replicas import any_in_replica, any_process
 from nested_reft_mcore.training.saving import RunCheckpoints
 
@@ -105,8 +106,11 @@ class Run:
         optimizer: OptimizerConfig,
         num_steps: int,
         updates_per_step: int = 1,
+        keep_reference: bool = False,
     ) -> None:
         """Build policy and optimizer; go on from a checkpoint where `checkpoint.resume` says so.
+
+        `keep_reference` keeps the weights that `config.model` names, before any checkpoint.
 
         Raises:
             UserError: a file or directory is missing, broken or of another kind.
@@ -125,6 +129,7 @@ class Run:
             config.model, config.data.tokenizer_path, self.policy.architecture
         )
         self.optimizer = PolicyOptimizer(self.policy, optimizer, num_steps * updates_per_step)
+        self.reference = ReferencePolicy(self.policy) if keep_reference else None
         self._incarnation: Incarnation = on_main(self._take_over, context)
         self.checkpoints = RunCheckpoints(
             self.directory / "checkpoints",

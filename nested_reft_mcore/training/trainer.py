@@ -56,6 +56,7 @@ def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
         optimizer=config.optimizer,
         num_steps=config.train.num_steps,
         updates_per_step=config.train.updates_per_step,
+        keep_reference=config.algorithm.kl_loss_coef > 0 or config.algorithm.kl_reward_coef > 0,
     )
     if config.checkpoint.export_hf:
         check_exportable(run.policy.architecture)
@@ -118,6 +119,9 @@ def _loop(
             )
             metrics = rollout_metrics(rollouts, rewards, run.context) | collected.metrics
             batch = learner.training_batch(rollouts, advantages)
+            if run.reference is not None:
+                with timers("ref"), run.reference.in_place():
+                    batch = batch.with_ref_logprobs(learner.logprobs(batch))
             if config.algorithm.filter_groups:
                 # Where too few groups teach, others fill the batch up.
                 batch = batch.without_rows(equal_groups(rewards, rollouts.group_size))

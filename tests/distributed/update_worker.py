@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from nested_reft_mcore.config.schema import (
 )
 from nested_reft_mcore.data.stream import shard_range
 from nested_reft_mcore.launch.context import ParallelContext, RankInfo
+from nested_reft_mcore.mcore.checkpoint import save_weights
 from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
 from nested_reft_mcore.mcore.model import Policy
@@ -39,6 +41,7 @@ from nested_reft_mcore.rollout.types import (
     RolloutStats,
     SamplingParams,
 )
+from nested_reft_mcore.training.reference import ReferencePolicy
 from nested_reft_mcore.training.trainer import check_plan_across_ranks, skip_schedule
 from nested_reft_mcore.training.update import Learner, UpdateResult
 
@@ -297,8 +300,60 @@ def two_process_checks(ranks: RankInfo) -> dict[str, Any]:
         "broken on two replicas": skip_a_broken_update(ranks, {}),
         "broken on two stages": skip_a_broken_update(ranks, {"pipeline_model_parallel_size": 2}),
         "padding": padding_at_two(ranks),
+        "reference": {
+            "replicas": reference_policy(ranks, {}),
+            "stages": reference_policy(ranks, {"pipeline_model_parallel_size": 2}),
+            "shards": reference_policy(ranks, {"tensor_model_parallel_size": 2}),
+        },
     }
     shutdown()
+    return found
+
+
+def reference_policy(ranks: RankInfo, options: dict[str, Any]) -> dict[str, dict[str, bool]]:
+    """What a policy that has moved on does while the one it began as takes its place."""
+    found = {}
+    for optimizer_name, optimizer_options in (("replicated", {}), ("overlapped", OVERLAPPED)):
+        with layout(ranks, options) as (parallel, context):
+            config = OptimizerConfig(lr=1e-2, **optimizer_options)
+            policy, optimizer = build(parallel, context, optimizer=config)
+            found[optimizer_name] = _reference_policy(policy, optimizer, context)
+    return found
+
+
+def _reference_policy(
+    policy: Policy, optimizer: PolicyOptimizer, context: ParallelContext
+) -> dict[str, bool]:
+    learner = learner_of(policy, optimizer, configuration())
+    batch = learner.training_batch(*given_rollouts(context))
+    reference = ReferencePolicy(policy)
+    initial, at_first = _weights(policy), learner.logprobs(batch)
+    found = {}
+    for _ in range(2):
+        learner.update(batch)
+    with reference.in_place():
+        ref_logprobs = learner.logprobs(batch)
+        found["reference weights"] = _equal(_weights(policy), initial)
+    moved = learner.logprobs(batch)
+    found["reference log-probs"] = torch.equal(ref_logprobs, at_first)
+    found["moved"] = bool(((moved - at_first)[batch.response_mask].abs() > 1e-3).any())
+    before = _weights(policy)
+    refusals = {
+        "update": lambda: learner.update(batch),
+        "save": lambda: save_weights(policy, Path("nowhere")),
+        "twice": lambda: reference.in_place().__enter__(),
+    }
+    for name, attempt in refusals.items():
+        # Whatever goes wrong inside, the policy is itself again.
+        try:
+            with reference.in_place():
+                attempt()
+        except RuntimeError as error:
+            found[f"refuses {name}"] = "reference" in str(error)
+    found["restored"] = _equal(_weights(policy), before)
+    found["still learns"] = learner.update(batch).applied
+    with reference.in_place():
+        found["again"] = torch.equal(learner.logprobs(batch), at_first)
     return found
 
 

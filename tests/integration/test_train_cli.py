@@ -40,7 +40,7 @@ STEERED = (
 )
 # Groups of eight with a mixed outcome are rare enough to ask for more prompts.
 FILTERED = "algorithm={objective: ppo_clip, correction: retrace, clip_ratio_low: 0.05, \
-filter_groups: true, max_refills: 1}"
+filter_groups: true, max_refills: 1, kl_loss_coef: 0.1}"
 SFT = ("sft", "config.yaml", "data.train_path=task/sft.jsonl", PIPELINE, "checkpoint.interval=40")
 # verl's names where the meaning is the same (perf/mfu belongs to what is not built yet).
 METRICS = (
@@ -51,7 +51,13 @@ METRICS = (
     *("rollout_corr/rollout_is_mean", "rollout_corr/rollout_is_max"),
     *("rollout_corr/rollout_is_eff_sample_size", "perf/throughput", "perf/time_per_step"),
     *("timing_s/gen", "timing_s/reward", "timing_s/old_log_prob", "timing_s/update_actor"),
-    *("timing_s/step", "nested/skip_ratio", "nested/num_skipped", "nested/stage_imbalance"),
+    *(
+        "timing_s/ref",
+        "timing_s/step",
+        "nested/skip_ratio",
+        "nested/num_skipped",
+        "nested/stage_imbalance",
+    ),
     *("nested/ratio_p05", "nested/ess"),
 )
 EVALUATION = tuple(
