@@ -93,10 +93,9 @@ class TrainingBatch:
             )
         return replace(self, ref_logprobs=ref_logprobs.detach().float().to(self.tokens.device))
 
-    def without_rows(self, left_out: Bool[Tensor, " batch"]) -> TrainingBatch:
-        """The same rows, but those left out have no response: they count for nothing."""
-        keeps = ~left_out.to(self.response_mask.device)
-        return replace(self, response_mask=self.response_mask & keeps[:, None])
+    def without_responses(self, rows: Bool[Tensor, " batch"]) -> TrainingBatch:
+        """The same batch in which the responses of these rows count for nothing."""
+        return replace(self, response_mask=self.response_mask & ~rows[:, None])
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The same batch on another device."""

@@ -124,7 +124,7 @@ def _loop(
                     batch = batch.with_ref_logprobs(learner.logprobs(batch))
             if config.algorithm.filter_groups:
                 # Where too few groups teach, others fill the batch up.
-                batch = batch.without_rows(equal_groups(rewards, rollouts.group_size))
+                batch = batch.without_responses(equal_groups(rewards, rollouts.group_size))
             split = _split_ratio(run, learner, batch, rollouts.plan)
             updates = []
             for minibatch in batch.deal(config.train.updates_per_step):

@@ -116,7 +116,7 @@ def test_rows_without_a_response_count_for_nothing() -> None:
     rollouts = Generator("+-+")(0)[0].rollouts
     batch = TrainingBatch.from_rollouts(rollouts, torch.ones(6), 0)
     left_out = torch.tensor([False, False, True, True, False, False])
-    masked = batch.without_rows(left_out)
+    masked = batch.without_responses(left_out)
     assert masked.response_mask[left_out].sum() == 0
     assert torch.equal(masked.response_mask[~left_out], batch.response_mask[~left_out])
     assert masked.num_response_tokens == 8
