@@ -174,7 +174,9 @@ class SensitivityLaw:
 
     def part_probabilities(self) -> dict[tuple[int, Part], float]:
         """Probability that `draw` skips each (layer, part) as such; exact, from counts of plans."""
-        probabilities: dict[tuple[int, Part], float] = {(o.layer, o.part): 0.0 for o in self.options}
+        probabilities: dict[tuple[int, Part], float] = {
+            (o.layer, o.part): 0.0 for o in self.options
+        }
         width, mask = self._field_bits, self._mask
         one_field = (1 << width) - 1
         total = self.num_plans
