@@ -157,7 +157,8 @@ def draw_plan(
     rank are one stage), and `stage_extra_cost[s]` what stage s spends besides its layers
     (embedding, head), in units of a layer. Both laws are uniform over a set of plans, the largest
     entropy there is: `uniform` over all plans of that size, `stage_balanced` over those that
-    minimise the cost of the slowest stage. Raises ValueError where more entries are asked for than valid layers exist.
+    minimise the cost of the slowest stage. Raises ValueError where more entries are asked for than
+    valid layers exist.
     """
     valid = _valid_layers(num_layers, num_skipped, border_layers, protected_layers)
     pools = _stage_pools(valid, num_layers, stage_of_layer, stage_extra_cost)

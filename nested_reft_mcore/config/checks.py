@@ -154,7 +154,7 @@ def check_depth(config: Config, num_layers: int) -> None:
     _check_skippable("sft", config.sft.max_skipped, num_layers, config.sft.border_layers)
     controller = config.controller
     most = max(controller.min_skipped, controller.max_skipped or 0)
-    _check_skippable("controller", most, num_layers, nested.border_layers, "nested")
+    _check_skippable("controller", most, num_layers, nested.border_layers, protected, "nested")
 
 
 def check_batches(config: Config, data_parallel_size: int) -> None:
@@ -198,15 +198,22 @@ def check_warm_up_batches(config: Config, data_parallel_size: int) -> None:
 
 
 def _check_skippable(
-    section: str, count: int, num_layers: int, border: int, protected: tuple[int, ...] = ()
+    section: str,
+    count: int,
+    num_layers: int,
+    border: int,
+    protected: tuple[int, ...] = (),
+    owner: str | None = None,
 ) -> None:
+    """`owner` is the section of `border_layers`, if it is another."""
+    owner = owner or section
     inner = range(border, num_layers - border)
     between = len(set(inner) - set(protected))
     if count > between:
-        protecting = f" and {section}.protected_layers={list(protected)}" if protected else ""
+        protecting = f" and {owner}.protected_layers={list(protected)}" if protected else ""
         raise UserError(
             f"{section}: {count} layers to skip, but {num_layers} layers with "
-            f"{section}.border_layers={border}{protecting} leave {between} that may be skipped"
+            f"{owner}.border_layers={border}{protecting} leave {between} that may be skipped"
         )
 
 
