@@ -123,7 +123,7 @@ class ProbedPlan(Divergence):
     predicted_kl: float
     """By the fitted interaction."""
     speedup: float = Field(gt=0)
-    """Of a decode pass on one stage, from the measured times of parts."""
+    """Of a decode pass, from the measured times of parts; the slowest stage counts."""
 
 
 class Advice(Section):
@@ -140,11 +140,11 @@ class Advice(Section):
     predicted_kl: float
     """Of so many random layers."""
     speedup: float = Field(gt=0)
-    """Of a decode pass on one stage."""
+    """Of a decode pass where stages share the saving evenly."""
 
 
 class LawAdvice(Section):
-    """What the law `sensitivity` makes of the budget, on one stage."""
+    """What the law `sensitivity` makes of the budget, on the stages that the probe ran on."""
 
     kl_budget: float = Field(gt=0)
     """`nested.kl_budget`."""
@@ -170,7 +170,7 @@ class ComparedLaw(Divergence):
     num_measured: int = Field(gt=0)
     """Plans that were measured; `kl_error` is over them."""
     speedup: float = Field(gt=0)
-    """Predicted, of a decode pass on one stage; mean."""
+    """Predicted, of a decode pass; mean."""
 
 
 class ProbeRecord(Section):

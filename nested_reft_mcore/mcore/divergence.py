@@ -1,4 +1,4 @@
-"""How far the nested policy is from the full one, exactly: over the whole vocabulary, at every token.
+"""How far the nested policy is from the full one: over the whole vocabulary, at every token.
 
 Tensor-parallel ranks keep their own columns of both distributions and add up partial sums; what
 travels is a few numbers a token. Pipeline stages run Megatron's own schedule.
@@ -87,7 +87,7 @@ class DivergenceMeter:
             chosen = logits[batch.response_mask]
             vocab_size = policy.architecture.vocab_size
             collected.append(_shard_logprobs(chosen, self._temperature, vocab_size, context.tensor))
-            return logits.sum(), torch.ones((), dtype=torch.int, device=logits.device), None
+            return logits.new_zeros(()), torch.ones((), dtype=torch.int, device=logits.device), None
 
         def forward_step(batches: Iterator[TrainingBatch], chunk: Any) -> tuple[Tensor, Any]:
             batch = next(batches).to(context.device)
