@@ -189,7 +189,8 @@ class Probe:
         return record.model_copy(update={"comparison": comparison})
 
     def _single_parts(self, times: DecodeTimes) -> list[ProbedPart]:
-        entries = [(layer, part) for part in PARTS for layer in range(self._num_layers)]
+        layers = range(self._num_layers)
+        entries: list[tuple[int, Part]] = [(layer, part) for part in PARTS for layer in layers]
         plans = [LayerSkipPlan(self._num_layers, frozenset({entry})) for entry in entries]
         seconds = {"layer": times.layer, "attention": times.attention, "mlp": times.mlp}
         found = self._measure(plans, "one part")
@@ -250,7 +251,7 @@ class Probe:
                         protected_layers=protected,
                     )
                 )
-        return plans
+        return list(dict.fromkeys(plans))
 
     def _calibration_plans(self) -> list[LayerSkipPlan]:
         """Plans of the law that takes sums for KLs, at several shares of the budget."""
@@ -294,7 +295,8 @@ class Probe:
     def _draw(self, law: SensitivityLaw | None, number: int, purpose: int) -> list[LayerSkipPlan]:
         if law is None:
             return []
-        return [law.draw((self._options.seed, purpose, draw)) for draw in range(number)]
+        plans = [law.draw((self._options.seed, purpose, draw)) for draw in range(number)]
+        return list(dict.fromkeys(plans))
 
     def _law_advice(self, law: SensitivityLaw | None, parts: Sequence[ProbedPart]) -> LawAdvice:
         budget = self._options.kl_budget

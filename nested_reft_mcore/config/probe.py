@@ -74,14 +74,23 @@ class ProbeOptions(ModelSource):
         return self.context_length or min(_STANDARD_CONTEXT, architecture.max_position_embeddings)
 
 
-def check_probe(options: ProbeOptions, architecture: ModelArchitecture) -> None:
-    """Refuse options that contradict each other or the model, and files that are not there.
+def check_probe(options: ProbeOptions) -> None:
+    """Refuse options that cannot be read, whatever the model, and files that are not there.
 
     Raises:
         UserError: names the option, what it says and what was expected.
     """
     check_model_source(options)
     check_input_file("--prompts", options.prompts)
+    options.compare_budgets  # noqa: B018 - reading it is the check
+
+
+def check_probe_model(options: ProbeOptions, architecture: ModelArchitecture) -> None:
+    """Refuse what the model has no positions or layers for.
+
+    Raises:
+        UserError: names the option, what it says and what was expected.
+    """
     positions, num_layers = architecture.max_position_embeddings, architecture.num_layers
     if options.timed_context(architecture) > positions:
         raise UserError(
@@ -94,7 +103,6 @@ def check_probe(options: ProbeOptions, architecture: ModelArchitecture) -> None:
                 f"--random-layers {options.random_layers}: the model has {num_layers} layers; "
                 f"expected numbers from 1 to {num_layers}"
             )
-    options.compare_budgets  # noqa: B018 - reading it is the check
 
 
 def _numbers(name: str, text: str, *, whole: bool) -> tuple[float, ...]:
