@@ -90,7 +90,7 @@ class SensitivityLaw:
     """Layers at either end that are never skipped."""
     protected_layers: tuple[int, ...] = ()
     """Other layers that are never skipped."""
-    saving_tolerance: float = 0.1
+    saving_tolerance: float = 0.2
     """Share of the best plan's saving that a plan may lack; the larger, the more plans."""
 
     def __post_init__(self) -> None:

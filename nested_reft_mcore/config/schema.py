@@ -94,7 +94,7 @@ class NestedConfig(Section):
     """JSON file of `nested-reft probe`, for the law `sensitivity`."""
     kl_budget: float | None = Field(default=None, gt=0)
     """Predicted KL of a plan of `sensitivity`, at most, in nats per token."""
-    saving_tolerance: float = Field(default=0.1, ge=0, lt=1)
+    saving_tolerance: float = Field(default=0.2, ge=0, lt=1)
     """Share of the best plan's saving that a plan of `sensitivity` may lack: chance needs room."""
     check_plan_across_ranks: bool = False
     """Debug: compare a hash of every plan over all processes."""

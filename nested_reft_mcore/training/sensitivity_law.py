@@ -51,7 +51,7 @@ def sensitivity_law(
     *,
     border_layers: int = 0,
     protected_layers: tuple[int, ...] = (),
-    saving_tolerance: float = 0.1,
+    saving_tolerance: float = 0.2,
 ) -> SensitivityLaw:
     """The law of a probe for a layout; the head counts on the last stage. ValueError as it says."""
     num_stages = max(stage_of_layer) + 1
