@@ -16,7 +16,9 @@ from nested_reft_mcore.rollout.sampling import sample_tokens
 from nested_reft_mcore.rollout.token_pass import TokenPass
 from nested_reft_mcore.rollout.types import SamplingParams
 
-_LEAST_SECONDS = 1e-9
+_LEAST_SHARE = 0.05
+"""On a busy machine noise can hide what a small model's parts take. All layers count for at least
+this share of a pass, and each half of a layer for at least this share of it."""
 
 
 def measure_decode_times(
@@ -54,10 +56,11 @@ def measure_decode_times(
         peers = [found for stage_rank, found in everywhere if stage_rank == rank]
         per_stage.append([statistics.mean(values) for values in zip(*peers, strict=True)])
     full, no_attention, no_mlp, nothing = (sum(column) for column in zip(*per_stage, strict=True))
-    layer = max((full - nothing) / num_layers, _LEAST_SECONDS)
+    layer = max(full - nothing, _LEAST_SHARE * full) / num_layers
     # What both halves save apart need not add up to what they save together; their shares count.
     attention, mlp = max(full - no_attention, 0.0), max(full - no_mlp, 0.0)
     share = attention / (attention + mlp) if attention + mlp > 0 else 0.5
+    share = min(max(share, _LEAST_SHARE), 1.0 - _LEAST_SHARE)
     return DecodeTimes(
         context_length=context_length,
         num_sequences=num_sequences,
@@ -65,7 +68,7 @@ def measure_decode_times(
         layer=layer,
         attention=layer * share,
         mlp=layer * (1.0 - share),
-        head=per_stage[-1][3],
+        head=min(per_stage[-1][3], full - num_layers * layer),
         tensor_model_parallel_size=context.tensor.size,
     )
 

@@ -26,6 +26,7 @@ from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.probe import ProbeOptions
 from nested_reft_mcore.config.probe_record import (
     Advice,
+    ComparedLaw,
     DecodeTimes,
     Divergence,
     FittedInteraction,
@@ -92,7 +93,8 @@ def probe_policy(options: ProbeOptions, context: ParallelContext) -> None:
     num_sequences, num_tokens = (sum(column) for column in zip(*counts, strict=True))
     if min(count for count, _ in counts) == 0:
         raise UserError(f"--prompts {options.prompts}: the model's answers have no tokens")
-    record = Probe(policy, options, answers).run(
+    probe = Probe(policy, options, answers)
+    record = probe.run(
         ProbedAnswers(
             prompts=options.prompts,
             num_prompts=len(prompts),
@@ -103,6 +105,10 @@ def probe_policy(options: ProbeOptions, context: ParallelContext) -> None:
             seed=options.seed,
         )
     )
+
+    # What takes longest is safe before laws are compared.
+    on_main(lambda: write_probe(record, options.output), context)
+    record = record.model_copy(update={"comparison": probe.compare(record)})
 
     def finish() -> None:
         print_probe(record)
@@ -141,7 +147,7 @@ class Probe:
         )
 
     def run(self, answers: ProbedAnswers) -> ProbeRecord:
-        """Everything, as the record to write."""
+        """Everything but the comparison, as the record to write."""
         options, policy = self._options, self._policy
         times = measure_decode_times(
             policy,
@@ -163,7 +169,7 @@ class Probe:
                 self._planned(kind, plan, divergence, fit.interaction)
                 for plan, divergence in zip(drawn, found, strict=True)
             ]
-        record = ProbeRecord(
+        return ProbeRecord(
             model=ProbedModel(
                 source=str(options.hf or options.checkpoint),
                 dtype=options.dtype,
@@ -183,10 +189,11 @@ class Probe:
             law=self._law_advice(law, parts),
             environment=environment_report(policy.context.world_size),
         )
-        comparison = compare_laws(
-            record, options.compare_budgets, policy.stage_of_layer, options.seed, self._measure
-        )
-        return record.model_copy(update={"comparison": comparison})
+
+    def compare(self, record: ProbeRecord) -> tuple[ComparedLaw, ...]:
+        """Laws side by side at the budgets that were asked for."""
+        budgets, stages = self._options.compare_budgets, self._policy.stage_of_layer
+        return compare_laws(record, budgets, stages, self._options.seed, self._measure)
 
     def _single_parts(self, times: DecodeTimes) -> list[ProbedPart]:
         layers = range(self._num_layers)

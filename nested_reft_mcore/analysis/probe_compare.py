@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, Part, SkipLaw, draw_plan
 from nested_reft_mcore.analysis.skip_times import SkipTimes
-from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.probe_record import ComparedLaw, Divergence, ProbeRecord
 from nested_reft_mcore.training.sensitivity_law import sensitivity_law
+
+_log = logging.getLogger(__name__)
 
 _PLANS = 6
 """Plans of each law that are measured."""
@@ -41,10 +43,8 @@ def compare_laws(
 ) -> tuple[ComparedLaw, ...]:
     """For each budget `sensitivity`, and other laws at the largest k that saves no more time.
 
-    Others so get the benefit of rounding. Each plan's KL is measured; errors are over plans.
-
-    Raises:
-        UserError: a budget buys nothing.
+    Others so get the benefit of rounding. Each plan's KL is measured; errors are over plans. A
+    budget that buys nothing is left out with a warning.
     """
     rows: list[ComparedLaw] = []
     times = SkipTimes.of(record.times, stage_of_layer)
@@ -52,7 +52,9 @@ def compare_laws(
         try:
             law = sensitivity_law(record, budget, stage_of_layer)
         except ValueError as error:
-            raise UserError(f"--compare {budget:g}: {error}") from None
+            # Hours of measuring are not to be lost over it.
+            _log.warning("--compare %g is left out: %s", budget, error)
+            continue
         drawn = [law.draw((seed, _KEY, draw)) for draw in range(_TIMED_PLANS)]
         rows.append(_row("sensitivity", budget, drawn, times, measure))
         goal = rows[-1].speedup
