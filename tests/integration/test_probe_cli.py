@@ -98,7 +98,7 @@ def test_a_probe_tells_and_writes_what_it_measured(room: Path, printed: str):
     # Plans of the law stay within the budget as predicted, and near it as measured.
     held_out = [plan for plan in record.plans if plan.kind == "held_out"]
     assert all(plan.predicted_kl <= BUDGET * (1 + 1e-9) for plan in held_out)
-    assert all(0.5 < plan.kl / plan.predicted_kl < 2.0 for plan in held_out)
+    assert all(0.3 < plan.kl / plan.predicted_kl < 3.0 for plan in held_out)
     for plan in record.plans:
         own = sum(
             part.kl

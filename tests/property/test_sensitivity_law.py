@@ -289,3 +289,18 @@ def test_measurements_that_do_not_fit_are_refused():
         law.predicted_kl(LayerSkipPlan.parse("0", 2))
     with pytest.raises(ValueError, match="needs measurements"):
         LayerSkipSchedule("sensitivity", 2, 0, 0, "layer", (0, 0), 0)
+
+
+def test_a_part_that_costs_the_whole_budget_is_within_it():
+    law = SensitivityLaw(1, (SkipOption(0, "mlp", 0.5, 0.5),), 1.0, (0,), 0.5)
+    assert law.draw((0,)).describe() == "0.mlp"
+
+
+def test_a_stage_skips_no_more_than_pays():
+    """The second stage can lose one layer, so the first one loses one, though four are cheap."""
+    options = [SkipOption(layer, "layer", 0.01, 1.0) for layer in range(5)]
+    law = SensitivityLaw(8, tuple(options), 1.0, (0,) * 4 + (1,) * 4, 1.0)
+    for draw in range(20):
+        plan = law.draw((draw,))
+        assert plan.num_skipped == 2
+        assert law.stage_seconds(plan) == [3.0, 3.0]
