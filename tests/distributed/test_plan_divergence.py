@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import NUM_LAYERS
+from hf_cases import NUM_LAYERS, HfCase, write_model
 from inference_cases import (
     PROMPT_LINES,
     completion_logits,
@@ -30,10 +30,10 @@ from nested_reft_mcore.training.policy_setup import load_policy
 TEMPERATURE = 0.7
 SKIPPED = ("none", "1", "2.attention", "0.mlp,3", "0,1,2,3")
 ANSWERS = (
-    ([13, 4, 5], [9, 1, 30]),
+    ([13, 4, 5], [9, 1, 730]),
     ([40], [2, 2, 2, 2, 2, 7]),
-    ([11, 12, 13, 14, 15, 16], [5]),
-    ([6, 6], [0, 39, 17, 4]),
+    ([11, 12, 13, 14, 15, 16], [505]),
+    ([6, 1002], [0, 39, 917, 4]),
     ([30, 0, 30], [8, 8]),
 )
 
@@ -76,11 +76,11 @@ def options(hf: str, prompts: Path, output: Path) -> ProbeOptions:
     )
 
 
-def work(ranks: RankInfo, hf: str, prompts: Path, directory: Path) -> list[Any]:
+def work(ranks: RankInfo, wide: str, hf: str, prompts: Path, directory: Path) -> list[Any]:
     """Several layouts in one start of two processes."""
     found: list[Any] = []
     for sizes in ({"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}):
-        found.append(measure(ParallelConfig(**sizes), hf, ranks))
+        found.append(measure(ParallelConfig(**sizes), wide, ranks))
         parallel_state.destroy_model_parallel()
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
     context = initialize_parallel(parallel, ranks, seed=0)
@@ -118,10 +118,12 @@ def naive(directory: Path) -> list[tuple[float, float, float]]:
 
 @pytest.mark.distributed
 def test_the_exact_divergence_on_every_layout(tmp_path: Path):
-    model = tmp_path / "model"
+    model, wide = tmp_path / "model", tmp_path / "wide"
     write_model_with_tokenizer(model)
+    # 1003 ids lie on both of two ranks, with padding on the second; 41 would all lie on the first.
+    write_model(HfCase("llama", untied=True), wide)
     prompts = write_lines(tmp_path / "prompts.jsonl", PROMPT_LINES)
-    expected = naive(model)
+    expected = naive(wide)
     assert expected[0] == pytest.approx((0.0, 0.0, 1.0))
     assert all(kl > 0.01 for kl, _, _ in expected[1:])
 
@@ -132,13 +134,13 @@ def test_the_exact_divergence_on_every_layout(tmp_path: Path):
             assert divergence["overlap"] == pytest.approx(overlap, abs=2e-6)
 
     alone = RankInfo(0, 1, 0, 1, "127.0.0.1", 0, "single")
-    check(measure(ParallelConfig(), str(model), alone))
+    check(measure(ParallelConfig(), str(wide), alone))
     parallel_state.destroy_model_parallel()
     context = initialize_parallel(ParallelConfig(), alone, seed=0)
     probe_policy(options(str(model), prompts, tmp_path / "alone.json"), context)
     shutdown()
     # Two tensor-parallel ranks, two stages, two replicas.
-    for process in run_workers(work, 2, str(model), prompts, tmp_path):
+    for process in run_workers(work, 2, str(wide), str(model), prompts, tmp_path):
         for layout in process:
             check(layout)
     one, staged = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("alone", "staged"))
