@@ -162,7 +162,9 @@ class Probe:
         calibration = self._calibration_plans()
         fit, largest = self._fit(calibration, plans)
         law = self._law(options.kl_budget, fit.interaction)
-        held_out = self._draw(law, options.held_out, _HELD_OUT)
+        # More are drawn than wanted: those that the fit has seen test nothing.
+        unseen = self._draw(law, 8 * options.held_out, _HELD_OUT)
+        held_out = [plan for plan in unseen if plan not in calibration][: options.held_out]
         for kind, drawn in (("calibration", calibration), ("held_out", held_out)):
             found = self._measure(drawn, kind.replace("_", " "))
             plans += [

@@ -94,9 +94,11 @@ def test_a_probe_tells_and_writes_what_it_measured(room: Path, printed: str):
     assert 4 * times.layer + times.head == pytest.approx(times.step, rel=1e-6)
     assert min(times.attention, times.mlp) >= 0.05 * times.layer
     assert record.answers.num_sequences == 12
-    assert {plan.kind for plan in record.plans} == {"random", "calibration", "held_out"}
+    assert {plan.kind for plan in record.plans} >= {"random", "calibration"}
     # Plans of the law stay within the budget as predicted, and near it as measured.
     held_out = [plan for plan in record.plans if plan.kind == "held_out"]
+    seen = {plan.skipped for plan in record.plans if plan.kind == "calibration"}
+    assert not seen & {plan.skipped for plan in held_out}
     assert all(plan.predicted_kl <= BUDGET * (1 + 1e-9) for plan in held_out)
     assert all(0.3 < plan.kl / plan.predicted_kl < 3.0 for plan in held_out)
     for plan in record.plans:
@@ -115,7 +117,7 @@ def test_a_probe_tells_and_writes_what_it_measured(room: Path, printed: str):
     for part in record.parts:
         assert f"{part.kl:8.4f} +-{part.kl_error:7.4f}" in printed
     assert "nested.law=sensitivity nested.kl_budget=0.3" in printed
-    assert "held-out plans: measured / predicted" in printed
+    assert ("held-out plans: measured / predicted" in printed) == bool(held_out)
     assert (room / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
