@@ -77,6 +77,12 @@ class TrainingBatch:
             advantages=advantages.detach().to("cpu", torch.float32),
         )
 
+    def with_advantages(self, advantages: Float[Tensor, " batch"]) -> TrainingBatch:
+        """The same batch with these advantages; ValueError for another number of them."""
+        if advantages.shape != (len(self),):
+            raise ValueError(f"{len(self)} sequences but advantages {tuple(advantages.shape)}")
+        return replace(self, advantages=advantages.detach().to(self.tokens.device, torch.float32))
+
     def with_old_logprobs(self, old_logprobs: Float[Tensor, "batch seq"]) -> TrainingBatch:
         """The same batch with the target policy's log-probs; ValueError for another shape."""
         if old_logprobs.shape != self.tokens.shape:

@@ -35,7 +35,7 @@ class Experience:
     """This replica's share of a step's global batch, whole groups."""
 
     rollouts: RolloutBatch
-    rewards: Float32[Tensor, " batch"]
+    scores: Float32[Tensor, " batch"]
     metrics: dict[str, float] = field(default_factory=dict)
     """Of how it was collected; the same on every process."""
 

@@ -8,7 +8,6 @@ from functools import partial
 
 import torch.distributed as dist
 
-from nested_reft_mcore.algorithm.advantages import group_relative_advantages
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, LayerSkipSchedule
 from nested_reft_mcore.config.checks import num_skipped
 from nested_reft_mcore.config.schema import Config
@@ -22,6 +21,7 @@ from nested_reft_mcore.mcore.hf_weights import export_hf_weights
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.dump import dump_rollouts
+from nested_reft_mcore.training.advantages import replica_advantages, shaped_rewards
 from nested_reft_mcore.training.dynamic_sampling import equal_groups
 from nested_reft_mcore.training.evaluation import Evaluator
 from nested_reft_mcore.training.experience import (
@@ -102,7 +102,9 @@ def _loop(
     config, timers, state = run.config, run.timers, run.state
     steering = SkipSteering(config.controller, skip_schedule(config, run.policy), state.controller)
     layer_passes: Counter[str] = Counter()
-    learner = Learner(config, run.policy, run.optimizer, run.tokenizer.pad_token_id, timers)
+    learner = Learner(
+        config, run.policy, run.optimizer, run.reference, run.tokenizer.pad_token_id, timers
+    )
     if state.owed is not None:
         _conclude(run, evaluator, state.owed, "")
     first_step = state.step
@@ -113,18 +115,18 @@ def _loop(
             if config.nested.check_plan_across_ranks:
                 check_plan_across_ranks(plan, run.context)
             collected = experience.collect(step, plan, timers)
-            rollouts, rewards = collected.rollouts, collected.rewards
-            advantages = group_relative_advantages(
-                rewards, config.algorithm.advantage, group_size=rollouts.group_size
+            rollouts, scores = collected.rollouts, collected.scores
+            batch = learner.training_batch(rollouts)
+            rewards = shaped_rewards(scores, rollouts, batch, config)
+            batch = batch.with_advantages(
+                replica_advantages(
+                    rewards, config.algorithm.advantage, rollouts.group_size, run.context
+                )
             )
-            metrics = rollout_metrics(rollouts, rewards, run.context) | collected.metrics
-            batch = learner.training_batch(rollouts, advantages)
-            if run.reference is not None:
-                with timers("ref"), run.reference.in_place():
-                    batch = batch.with_ref_logprobs(learner.logprobs(batch))
             if config.algorithm.filter_groups:
                 # Where too few groups teach, others fill the batch up.
-                batch = batch.without_responses(equal_groups(rewards, rollouts.group_size))
+                batch = batch.without_responses(equal_groups(scores, rollouts.group_size))
+            metrics = rollout_metrics(rollouts, scores, rewards, run.context) | collected.metrics
             split = _split_ratio(run, learner, batch, rollouts.plan)
             updates = []
             for minibatch in batch.deal(config.train.updates_per_step):
@@ -139,7 +141,7 @@ def _loop(
         # The weights have changed: from here on the step is done, whoever asks to stop.
         run.check(may_stop=False)
         if config.logging.dump_rollouts and is_replica_writer(run.context):
-            dump_rollouts(run.directory, step, run.context.data.rank, rollouts, rewards.tolist())
+            dump_rollouts(run.directory, step, run.context.data.rank, rollouts, scores.tolist())
         metrics |= steering.learn(metrics)
         state.controller = steering.state_dict()
         state.step, state.data = step + 1, experience.state_dict()

@@ -47,11 +47,11 @@ from nested_reft_mcore.training.update import Learner, UpdateResult
 
 NUM_PROMPTS, GROUP_SIZE, TEMPERATURE = 8, 2, 0.7
 ALGORITHMS = {
-    "reinforce/base": AlgorithmConfig(objective="reinforce", correction="base"),
-    "reinforce/retrace": AlgorithmConfig(objective="reinforce", correction="retrace"),
+    "reinforce/base": AlgorithmConfig(objective="reinforce", rollout_is="base"),
+    "reinforce/retrace": AlgorithmConfig(objective="reinforce", rollout_is="retrace"),
     # Bounds so narrow that the second update meets them.
     "ppo_clip/decoupled": AlgorithmConfig(
-        objective="ppo_clip", correction="retrace", clip_ratio_low=0.02, clip_ratio_high=0.02
+        objective="ppo_clip", rollout_is="retrace", clip_ratio_low=0.02, clip_ratio_high=0.02
     ),
 }
 SPREAD = "ppo_clip/decoupled"
@@ -92,7 +92,7 @@ def configuration(
 
 
 def learner_of(policy: Policy, optimizer: PolicyOptimizer, config: Config) -> Learner:
-    return Learner(config, policy, optimizer, 0, Timers())
+    return Learner(config, policy, optimizer, None, 0, Timers())
 
 
 def given_rollouts(context: ParallelContext) -> tuple[RolloutBatch, torch.Tensor]:
@@ -163,7 +163,9 @@ def measure(parallel: ParallelConfig, context: ParallelContext) -> Measured:
     learner = learner_of(policy, optimizer, configuration())
     rollouts = sampled_rollouts(policy, PolicyDecoder(policy), LayerSkipPlan.full(8))
     advantages = torch.linspace(-1, 1, len(rollouts.rollouts))
-    found["on policy"] = learner.update(learner.training_batch(rollouts, advantages)).metrics
+    found["on policy"] = learner.update(
+        learner.training_batch(rollouts).with_advantages(advantages)
+    ).metrics
     schedule = skip_schedule(configuration(), policy)
     found["plans"] = [schedule.plan(step).digest() for step in range(20)]
     return found
@@ -179,7 +181,8 @@ def variants(context: ParallelContext) -> list[tuple[str, str, int]]:
 
 def two_updates(learner: Learner, context: ParallelContext) -> list[dict[str, float]]:
     """Metrics of the two mini-batches of a step."""
-    batch = learner.training_batch(*given_rollouts(context))
+    rollouts, advantages = given_rollouts(context)
+    batch = learner.training_batch(rollouts).with_advantages(advantages)
     updates = [learner.update(minibatch) for minibatch in batch.deal(2)]
     assert all(update.applied for update in updates)
     return [update.metrics for update in updates]
@@ -212,7 +215,9 @@ def overlapped_twins(ranks: RankInfo) -> list[Any]:
                 # The same draws each time: what changes is the policy.
                 rollouts = sampled_rollouts(policy, decoder, plan)
                 advantages = torch.linspace(-1, 1, len(rollouts.rollouts))
-                update = learner.update(learner.training_batch(rollouts, advantages))
+                update = learner.update(
+                    learner.training_batch(rollouts).with_advantages(advantages)
+                )
                 rows = [(r.token_ids, r.behavior_logprobs) for r in rollouts.rollouts]
                 steps.append((rows, update.metrics))
             found.append(steps)
@@ -240,7 +245,7 @@ def _broken_update(
     for is_broken in (True, False):
         policy, optimizer = build(parallel, context, optimizer=config)
         learner = learner_of(policy, optimizer, configuration())
-        batch = learner.training_batch(rollouts, advantages)
+        batch = learner.training_batch(rollouts).with_advantages(advantages)
         history = [learner.update(batch)]
         before = _weights(policy)
         if is_broken:
@@ -325,7 +330,8 @@ def _reference_policy(
     policy: Policy, optimizer: PolicyOptimizer, context: ParallelContext
 ) -> dict[str, bool]:
     learner = learner_of(policy, optimizer, configuration())
-    batch = learner.training_batch(*given_rollouts(context))
+    rollouts, advantages = given_rollouts(context)
+    batch = learner.training_batch(rollouts).with_advantages(advantages)
     reference = ReferencePolicy(policy)
     initial, at_first = _weights(policy), learner.logprobs(batch)
     found = {}
