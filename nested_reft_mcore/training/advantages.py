@@ -34,7 +34,8 @@ def shaped_rewards(
     if reward.length_penalty:
         rewards = rewards + length_penalty(lengths, longest, reward.length_penalty)
     if algorithm.kl_reward_coef:
-        assert batch.ref_logprobs is not None and batch.old_logprobs is not None
+        assert batch.ref_logprobs is not None
+        assert batch.old_logprobs is not None
         log_ratio = log_importance_ratio(
             batch.ref_logprobs, batch.old_logprobs, batch.response_mask, algorithm.log_ratio_clamp
         )
