@@ -124,3 +124,10 @@ class SequenceSpace:
             ],
             dtype=torch.float64,
         )
+
+    def graded_rewards(self) -> Tensor:
+        """`[sequences]` float64: 0, 1/2 or 1, by the same sum modulo 3."""
+        return torch.tensor(
+            [sum(t * token for t, token in enumerate(y, 1)) % 3 / 2 for y in self.sequences],
+            dtype=torch.float64,
+        )
