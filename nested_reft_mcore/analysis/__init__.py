@@ -1,1 +1,1 @@
-"""What is computed about the method rather than with it: exact gradients, their bias and variance."""
+"""What is computed about the method rather than with it: gradients, their bias and variance."""

@@ -11,15 +11,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from nested_reft_mcore.algorithm.advantages import group_relative_advantages
+from nested_reft_mcore.algorithm.advantages import AdvantageMethod, group_relative_advantages
+from nested_reft_mcore.algorithm.aggregation import LossAggMode
 from nested_reft_mcore.algorithm.counter_random import Stream, shuffled
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.algorithm.objectives import ObjectiveSettings
-from nested_reft_mcore.analysis.estimators import advantage_settings, estimators
+from nested_reft_mcore.analysis.estimators import Estimator, estimators
 from nested_reft_mcore.analysis.exact_gradients import (
     Moments,
     Sampling,
@@ -31,8 +33,12 @@ from nested_reft_mcore.analysis.exact_gradients import (
 from nested_reft_mcore.analysis.sequence_space import SequenceSpace
 from nested_reft_mcore.analysis.toy_policy import ToyPolicy
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-ADVANTAGES = ("rloo", "dr_grpo", "grpo")
+AGGREGATIONS: tuple[LossAggMode, ...] = (
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+)
+ADVANTAGES: tuple[AdvantageMethod, ...] = ("rloo", "dr_grpo", "grpo")
 GROUP_SIZES = (2, 3)
 GROUP_SPACE = SequenceSpace(vocabulary=3, max_length=3)
 """Small, for groups of three of its completions are enumerated."""
@@ -132,8 +138,8 @@ def make_atlas(settings: AtlasSettings) -> Atlas:
     """Enumerate everything; some 20 seconds with the defaults on one core."""
     seeds, space = range(settings.num_seeds), settings.space
     scenes = [_Scene.make(settings, space, space.verifiable_rewards(), seed) for seed in seeds]
-    # Of binary rewards every mixed group of two or three has the same deviation, and GRPO's division
-    # by it would only scale: hence graded ones.
+    # With binary rewards every mixed group of two or three has the same deviation, and GRPO's
+    # division by it would only scale: hence graded ones.
     graded = GROUP_SPACE.graded_rewards()
     small = [_Scene.make(settings, GROUP_SPACE, graded, seed) for seed in seeds]
     points = [
@@ -230,17 +236,19 @@ def _point(
 def _estimator_points(
     scenes: Sequence[_Scene], k: int, batch_sizes: Sequence[int]
 ) -> Iterator[Point]:
-    for estimator in estimators(scenes[0].space.max_length):
+    for row in estimators(scenes[0].space.max_length):
+        moments_of = partial(_estimator_moments, row, batch_sizes)
+        yield _point(scenes, "estimator", row.section, row.name, k, moments_of)
 
-        def moments_of(scene: _Scene, sampling: Sampling) -> tuple[Moments, dict[int, Moments]]:
-            sampling = estimator.sample(sampling)  # noqa: B023
-            advantages = scene.centred(sampling)
-            one = batch_moments(sampling, estimator.settings, advantages, 1, scene.gram)  # noqa: B023
-            # The denominator is a constant: samples are averaged.
-            length, variance = dot(one.mean, one.mean, scene.gram), one.variance(scene.gram)
-            return one, {b: Moments(one.mean, length + variance / b) for b in batch_sizes}
 
-        yield _point(scenes, "estimator", estimator.section, estimator.name, k, moments_of)
+def _estimator_moments(
+    row: Estimator, batch_sizes: Sequence[int], scene: _Scene, sampling: Sampling
+) -> tuple[Moments, dict[int, Moments]]:
+    sampling = row.sample(sampling)
+    one = batch_moments(sampling, row.settings, scene.centred(sampling), 1, scene.gram)
+    # The denominator is a constant: a batch is an average of independent gradients.
+    length, variance = dot(one.mean, one.mean, scene.gram), one.variance(scene.gram)
+    return one, {size: Moments(one.mean, length + variance / size) for size in batch_sizes}
 
 
 def _denominator_points(
@@ -249,35 +257,40 @@ def _denominator_points(
     for mode, correction in itertools.product(AGGREGATIONS, COMPARED):
         settings = ObjectiveSettings(
             correction=correction,
-            loss_agg_mode=mode,  # pyright: ignore[reportArgumentType]
+            loss_agg_mode=mode,
             max_response_length=scenes[0].space.max_length,
         )
-
-        def moments_of(scene: _Scene, sampling: Sampling) -> tuple[Moments, dict[int, Moments]]:
-            advantages = scene.centred(sampling)
-            found = {
-                size: batch_moments(sampling, settings, advantages, size, scene.gram)  # noqa: B023
-                for size in (1, *batch_sizes)
-            }
-            return found.pop(1), found
-
+        moments_of = partial(_denominator_moments, settings, batch_sizes)
         yield _point(scenes, "denominator", mode, correction, k, moments_of)
+
+
+def _denominator_moments(
+    settings: ObjectiveSettings, batch_sizes: Sequence[int], scene: _Scene, sampling: Sampling
+) -> tuple[Moments, dict[int, Moments]]:
+    found = {
+        size: batch_moments(sampling, settings, scene.centred(sampling), size, scene.gram)
+        for size in {1, *batch_sizes}
+    }
+    return found[1], {size: found[size] for size in batch_sizes}
 
 
 def _group_points(scenes: Sequence[_Scene], k: int) -> Iterator[Point]:
     for method, size, correction in itertools.product(ADVANTAGES, GROUP_SIZES, COMPARED):
-
-        def moments_of(scene: _Scene, sampling: Sampling) -> tuple[Moments, dict[int, Moments]]:
-            def advantages_of(rewards: Tensor) -> Tensor:
-                return group_relative_advantages(rewards, method, group_size=size)  # noqa: B023
-
-            settings = advantage_settings(scene.space, correction)  # noqa: B023
-            one = group_moments(
-                sampling, settings, advantages_of, scene.rewards, size, scene.gram  # noqa: B023
-            )
-            return one, {}
-
+        moments_of = partial(_group_moments, method, size, correction)
         yield _point(scenes, "group", f"{method}, {size} a group", correction, k, moments_of)
+
+
+def _group_moments(
+    method: AdvantageMethod, size: int, correction: str, scene: _Scene, sampling: Sampling
+) -> tuple[Moments, dict[int, Moments]]:
+    settings = ObjectiveSettings(
+        correction=correction,
+        loss_agg_mode="seq-mean-token-sum-norm",
+        max_response_length=scene.space.max_length,
+    )
+    advantages_of = partial(group_relative_advantages, method=method, group_size=size)
+    one = group_moments(sampling, settings, advantages_of, scene.rewards, size, scene.gram)
+    return one, {}
 
 
 def _distance(scenes: Sequence[_Scene], k: int) -> Distance:

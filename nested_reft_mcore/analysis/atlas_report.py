@@ -33,7 +33,7 @@ def atlas_tables(atlas: Atlas) -> str:
         ("Least mean squared error", _best_table(atlas, "squared_error")),
         ("Least error up to scale", _best_table(atlas, "scaled_error")),
         (
-            "Denominators: cosine of one completion's mean gradient, and error up to scale of a batch",
+            "Denominators: cosine of one completion's mean gradient; error up to scale of a batch",
             _denominator_table(atlas),
         ),
         (
@@ -66,11 +66,16 @@ def save_figure(atlas: Atlas, path: Path) -> None:
     titles = (
         (panels[0, 0], "Bias", "|mean gradient - on-policy gradient|"),
         (panels[0, 1], "Variance of one completion's gradient", "trace of covariance"),
-        (panels[1, 0], f"Mean squared error of a batch of {size}", "squared bias + variance / batch"),
+        (
+            panels[1, 0],
+            f"Mean squared error of a batch of {size}",
+            "bias² + variance / batch",
+        ),
     )
     for panel, title, label in titles:
         panel.set(title=title, ylabel=f"{label} (relative)")
-    panels[0, 0].legend(fontsize=8, ncols=2, title="trajectory: exactly 0, as all at 0 skipped")
+    panels[0, 0].set_title("Bias (trajectory: exactly 0, and so are all with nothing skipped)")
+    figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     for panel in panels.flat:
         panel.set_xlabel("layers skipped (KL to the target, nats a token)")
         panel.set_xticks(
@@ -97,8 +102,8 @@ def _draw_best(panel: Any, atlas: Atlas) -> None:
     sizes = atlas.settings.batch_sizes
     for k in depths:
         for row, size in enumerate(sizes):
-            texts = [best(atlas, k, size, error).name for error in ("squared_error", "scaled_error")]
-            panel.text(k, row, "\n".join(texts), ha="center", va="center", fontsize=7.5)
+            names = (best(atlas, k, size, e).name for e in ("squared_error", "scaled_error"))
+            panel.text(k, row, "\n".join(names), ha="center", va="center", fontsize=7.5)
     panel.set_yticks(range(len(sizes)), [str(size) for size in sizes])
     panel.set(
         xlim=(min(depths, default=0) - 0.6, max(depths, default=0) + 0.6),
@@ -146,21 +151,16 @@ def _best_table(atlas: Atlas, error: str) -> str:
 
 
 def _denominator_table(atlas: Atlas) -> str:
-    points = atlas.select("denominator")
-    sizes = atlas.settings.batch_sizes
+    sizes = atlas.settings.batch_sizes[0], atlas.settings.batch_sizes[-1]
+
+    def cell(point: Point) -> str:
+        return f"{point.cosine:.3f}" + "".join(f" / {point.scaled_error[b]:.3f}" for b in sizes)
+
     rows = [
-        (
-            f"{found[0].section}, {found[0].name}",
-            *(
-                " / ".join(
-                    [f"{p.cosine:.3f}", *(f"{p.scaled_error[s]:.3f}" for s in (sizes[0], sizes[-1]))]
-                )
-                for p in found
-            ),
-        )
-        for found in _by_name(points, with_section=True).values()
+        (name, *(cell(point) for point in points))
+        for name, points in _by_name(atlas.select("denominator"), with_section=True).items()
     ]
-    return _markdown((f"cosine / batch of {sizes[0]} / {sizes[-1]}", *_depths(atlas)), rows)
+    return _markdown((f"cosine / batch of {sizes[0]} / {sizes[1]}", *_depths(atlas)), rows)
 
 
 def _group_table(atlas: Atlas) -> str:

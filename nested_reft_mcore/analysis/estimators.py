@@ -10,7 +10,6 @@ from nested_reft_mcore.algorithm.importance import CorrectionSettings
 from nested_reft_mcore.algorithm.objectives import ObjectiveSettings
 from nested_reft_mcore.algorithm.rejection import RejectionRule
 from nested_reft_mcore.analysis.exact_gradients import Sampling
-from nested_reft_mcore.analysis.sequence_space import SequenceSpace
 from nested_reft_mcore.analysis.toy_policy import at_temperature, truncated
 
 Section = Literal["correction", "rejection", "objective", "sampling"]
@@ -121,15 +120,6 @@ SAMPLING_ROWS: Mapping[str, Callable[[Sampling], Sampling]] = {
     f"temperature {TEMPERATURE}, not in the ratio": _temperature_not_recorded,
 }
 """With `trajectory`: what `train` refuses, and why."""
-
-
-def advantage_settings(space: SequenceSpace, correction: str) -> ObjectiveSettings:
-    """The estimator of the tables of groups: one correction, a constant denominator."""
-    return ObjectiveSettings(
-        correction=correction,
-        loss_agg_mode="seq-mean-token-sum-norm",
-        max_response_length=space.max_length,
-    )
 
 
 def _bounds(rule: RejectionRule) -> str:

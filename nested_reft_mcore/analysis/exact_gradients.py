@@ -63,11 +63,7 @@ class Moments:
 
     def squared_error(self, reference: Tensor, gram: Tensor) -> float:
         """Mean squared distance from `reference`: squared bias plus variance."""
-        return (
-            self.second
-            - 2 * dot(self.mean, reference, gram)
-            + dot(reference, reference, gram)
-        )
+        return self.second - 2 * dot(self.mean, reference, gram) + dot(reference, reference, gram)
 
 
 def dot(left: Tensor, right: Tensor, gram: Tensor) -> float:
@@ -99,7 +95,9 @@ def token_gradients(
         `[rows, max_length]`; not divided by the batch's denominator.
     """
     inputs = _loss_inputs(sampling, advantages, rows)
-    (gradient,) = torch.autograd.grad(policy_loss(inputs, settings).loss_sum, inputs.target_logprobs)
+    (gradient,) = torch.autograd.grad(
+        policy_loss(inputs, settings).loss_sum, inputs.target_logprobs
+    )
     return -gradient
 
 
@@ -108,8 +106,9 @@ def denominators(sampling: Sampling, settings: ObjectiveSettings) -> Tensor:
     space = sampling.space
     ones = torch.ones(space.num_sequences, dtype=torch.float64)
     # None adds more than this. If all together add as much, each does, and one call has told it.
-    most = space.lengths if settings.loss_agg_mode == "token-mean" else torch.ones_like(space.lengths)
-    # A completion that is never drawn may have ratios that are not finite: it adds nothing.
+    most = (
+        space.lengths if settings.loss_agg_mode == "token-mean" else torch.ones_like(space.lengths)
+    )
     if int(policy_loss(_loss_inputs(sampling, ones), settings).denominator) == int(most.sum()):
         return most
     return torch.stack(
@@ -191,9 +190,7 @@ def group_moments(
         gram: `[entries, entries]` inner products of the score functions.
     """
     space = sampling.space
-    groups = torch.tensor(
-        list(itertools.product(range(space.num_sequences), repeat=group_size))
-    )
+    groups = torch.tensor(list(itertools.product(range(space.num_sequences), repeat=group_size)))
     rows = groups.flatten()
     gradients = token_gradients(sampling, settings, advantages_of(rewards[rows]), rows)
     total = denominators(sampling, settings)[groups].sum(dim=1)
@@ -205,9 +202,7 @@ def group_moments(
     return Moments(mean, float((drawn * _squared_lengths(gradients, entries, gram)).sum()))
 
 
-def _loss_inputs(
-    sampling: Sampling, advantages: Tensor, rows: Tensor | None = None
-) -> LossInputs:
+def _loss_inputs(sampling: Sampling, advantages: Tensor, rows: Tensor | None = None) -> LossInputs:
     space = sampling.space
     index = torch.arange(space.num_sequences) if rows is None else rows
     target = space.logprobs(sampling.target)[index]

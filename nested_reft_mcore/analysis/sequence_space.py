@@ -23,7 +23,7 @@ MAX_SEQUENCES = 4096
 
 @dataclass(frozen=True)
 class SequenceSpace:
-    """All completions over tokens 0 .. vocabulary - 1; ValueError for sizes that cannot be listed."""
+    """All completions over tokens 0 .. vocabulary - 1; ValueError where they are too many."""
 
     vocabulary: int
     """Tokens, the end token among them."""
