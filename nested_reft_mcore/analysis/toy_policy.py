@@ -11,7 +11,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
@@ -88,23 +87,25 @@ class ToyPolicy(nn.Module):
 
     def flat_gradient(self, value: Tensor) -> Tensor:
         """`[parameters]` gradient of a scalar, zeros for what it does not hang on."""
-        parameters = list(self.parameters())
-        found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(
+            value,
+            list(self.parameters()),
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
         return torch.cat([gradient.flatten() for gradient in found])
 
     def scores(self) -> Tensor:
         """`[prefixes * vocabulary, parameters]`: gradient of every entry of the full policy's
         table, the score functions of all its tokens."""
         plan = LayerSkipPlan.full(self.num_layers)
-
-        def row(parameters: dict[str, Tensor], tokens: Tensor, length: Tensor) -> Tensor:
-            found = functional_call(self, parameters, (tokens, plan))
-            return found.index_select(-2, length[None]).squeeze(-2)
-
-        rows = vmap(jacrev(row), in_dims=(None, 0, 0))
-        parameters = {name: p.detach() for name, p in self.named_parameters()}
-        gradients = rows(parameters, self.space.prefix_tokens, self.space.prefix_lengths)
-        return torch.cat([g.flatten(2).flatten(0, 1) for g in gradients.values()], dim=1)
+        rows = []
+        for prefix in self.space.prefixes:
+            # One prefix at a time: the graph that each gradient walks is that of a few tokens.
+            row = self(torch.tensor((self.space.vocabulary, *prefix)), plan)[-1]
+            rows += [self.flat_gradient(entry) for entry in row]
+        return torch.stack(rows)
 
 
 def truncated(table: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:

@@ -37,7 +37,7 @@ def atlas(
     \b
     Examples:
       nested-reft atlas --output atlas
-      nested-reft atlas --seeds 1 --skipped 0,2 --batch-sizes 32,4096
+      nested-reft atlas --seeds 1 --skipped 0,2 --batch-sizes 32,512
       nested-reft atlas --vocabulary 3 --tokens 7
     """
     values = dict(locals())

@@ -56,7 +56,7 @@ class AtlasOptions(Section):
         return found
 
 
-MAX_BATCH_SIZE = 16384
+MAX_BATCH_SIZE = 4096
 """The law of a batch's denominator is computed exactly, in time that grows with its square."""
 
 

@@ -247,7 +247,7 @@ def passes(rule: dict, logs: list) -> list:
     values = [k_estimate(kind, x) for x in logs if x is not None]
     high, low = rule["upper"], -math.inf
     if kind == "k1":
-        # The bounds of k1 are ratios: r between 1 / upper and upper, say.
+        # The bounds of k1 = -log r are ratios: those of behavior / target.
         lower = 1 / rule["upper"] if rule["lower"] is None else rule["lower"]
         high, low = math.log(rule["upper"]), math.log(lower)
     if level == "token":
