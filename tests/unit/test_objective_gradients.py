@@ -5,11 +5,12 @@ it is made of move along, so that the factor stays what it is.
 """
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
-from nested_reft_mcore.algorithm.advantages import group_relative_advantages
+from nested_reft_mcore.algorithm.advantages import AdvantageMethod, group_relative_advantages
 from nested_reft_mcore.algorithm.diagnostics import finalize_metrics
 from nested_reft_mcore.algorithm.importance import CORRECTIONS, CorrectionSettings
 from nested_reft_mcore.algorithm.objectives import LossInputs, ObjectiveSettings, policy_loss
@@ -234,7 +235,22 @@ def test_for_one_token_responses_all_ratios_of_a_sequence_are_the_tokens():
         assert int(output.denominator) == int(modes[0][0].denominator) == 4
 
 
-METHODS = ("grpo", "dr_grpo", "rloo")
+@pytest.mark.parametrize("name", REJECTIONS)
+def test_bounds_of_a_rejection_are_as_wide_as_its_estimator(name):
+    """k2 and k3 start at 0, so that small bounds are the strict ones; k1's are ratios around 1."""
+    if name.endswith("k1"):
+        assert RejectionRule(name, 0.9, 0.5).lower == 0.5
+        with pytest.raises(ValueError, match="between 0 < lower <= upper"):
+            RejectionRule(name, 0.9)
+    else:
+        assert RejectionRule(name, 0.01).upper == 0.01
+        with pytest.raises(ValueError, match="upper bound only"):
+            RejectionRule(name, 0.01, 0.001)
+    with pytest.raises(ValueError, match="bound above 0"):
+        RejectionRule(name, 0.0)
+
+
+METHODS = get_args(AdvantageMethod)
 
 
 @pytest.mark.parametrize("method", METHODS)
