@@ -100,7 +100,7 @@ class _Options:
 
 
 class _TokenScores(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / T)[label] and entropy, keeping two numbers a position.
+    """log softmax(hidden @ weight.T / T)[label] and entropy, keeping three numbers a position.
 
     Of `labels`, given as places in this rank's shard, those outside it belong to other ranks.
     """
@@ -109,8 +109,8 @@ class _TokenScores(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, log_mass = _forward(hidden, weight, labels, wanted, options)
-        ctx.save_for_backward(hidden, weight, labels, wanted, log_mass, entropies)
+        logprobs, entropies, largest, mass = _forward(hidden, weight, labels, wanted, options)
+        ctx.save_for_backward(hidden, weight, labels, wanted, largest, mass, entropies)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return _spread(logprobs, wanted, len(hidden)), _spread(entropies, wanted, len(hidden))
@@ -118,12 +118,12 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, wanted, log_mass, entropies = ctx.saved_tensors
+        hidden, weight, labels, wanted, largest, mass, entropies = ctx.saved_tensors
         per_logprob, per_entropy = (None if g is None else g[wanted] for g in gradients)
         if per_entropy is not None and not per_entropy.any():
             per_entropy = None
         if per_logprob is None:
-            per_logprob = torch.zeros_like(log_mass)
+            per_logprob = torch.zeros_like(mass)
         # Positions that nothing is asked of are left out, whatever they hold.
         asked = per_logprob != 0 if per_entropy is None else (per_logprob != 0) | (per_entropy != 0)
         chosen = asked.nonzero()[:, 0]
@@ -132,7 +132,8 @@ class _TokenScores(torch.autograd.Function):
             weight,
             labels[chosen],
             wanted[chosen],
-            log_mass[chosen],
+            largest[chosen],
+            mass[chosen],
             None if per_entropy is None else entropies[chosen],
             per_logprob[chosen],
             None if per_entropy is None else per_entropy[chosen],
@@ -143,8 +144,8 @@ class _TokenScores(torch.autograd.Function):
 
 def _forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, options: _Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs, entropies and the logarithm of the mass, `[wanted]` each."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, entropies, the largest logit m and the sum of exp(z - m), `[wanted]` each."""
     largest, mass, weighted, label_logit = _shard_sums(hidden, weight, labels, wanted, options)
     if options.group is not None and len(wanted) > 0:
         local = largest.clone()
@@ -155,9 +156,8 @@ def _forward(
         sums = torch.stack([scale * mass, scale * (weighted + shift * mass), label_logit])
         dist.all_reduce(sums, group=options.group)
         mass, weighted, label_logit = sums
-    log_of_sum = mass.log()
-    log_mass = largest + log_of_sum
-    return label_logit - log_mass, log_of_sum - weighted / mass, log_mass
+    log_mass = mass.log()
+    return (label_logit - largest) - log_mass, log_mass - weighted / mass, largest, mass
 
 
 def _shard_sums(
@@ -187,7 +187,8 @@ def _backward(
     weight: Tensor,
     labels: Tensor,
     chosen: Tensor,
-    log_mass: Tensor,
+    largest: Tensor,
+    mass: Tensor,
     entropies: Tensor | None,
     per_logprob: Tensor,
     per_entropy: Tensor | None,
@@ -198,22 +199,26 @@ def _backward(
     grad_hidden = torch.zeros_like(hidden)
     # Chunks add up in float32 at least, and are rounded to the type of the weights once.
     grad_weight = torch.zeros_like(weight, dtype=_score_type(weight))
-    per_logprob = per_logprob / options.temperature
+    per_logprob = per_logprob.div(options.temperature).unsqueeze(-1)
+    largest, scale = largest.unsqueeze(-1), mass.reciprocal().unsqueeze(-1)
+    if per_entropy is not None and entropies is not None:
+        # log p_i + entropy = (z_i - m) + offset
+        offset = (entropies - mass.log()).unsqueeze(-1)
+        per_entropy = per_entropy.div(options.temperature).unsqueeze(-1)
     masses = None
     for place, logits, rows in _chunks(hidden, weight, chosen, options):
         is_local, local = _locate(labels[place], num_real)
-        logits -= log_mass[place].unsqueeze(-1)
-        down = per_logprob[place].unsqueeze(-1)
-        if per_entropy is None or entropies is None:
+        logits -= largest[place]
+        down = per_logprob[place]
+        if per_entropy is None:
             # d logprob / d z_i = 1[i = label] - p_i
-            gradient = logits.exp_().mul_(-down)
+            gradient = logits.exp_().mul_(-down * scale[place])
         else:
             # d entropy / d z_i = -p_i (log p_i + entropy)
-            share = per_entropy[place].unsqueeze(-1) / options.temperature
             masses = torch.empty_like(logits) if masses is None else masses[: len(logits)]
             torch.exp(logits, out=masses)
-            gradient = logits.add_(entropies[place].unsqueeze(-1)).mul_(-share)
-            gradient.sub_(down).mul_(masses)
+            gradient = logits.add_(offset[place]).mul_(-per_entropy[place]).sub_(down)
+            gradient.mul_(masses.mul_(scale[place]))
         gradient.scatter_add_(-1, local, torch.where(is_local.unsqueeze(-1), down, 0.0))
         gradient = gradient.to(weight.dtype)
         grad_hidden[chosen[place]] = gradient @ weight[:num_real]
