@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from model_cases import VOCAB_SIZE, architecture, build
+from score_cases import compare_scores
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import (
@@ -143,11 +144,13 @@ def sampled_rollouts(
 
 
 def measure_layouts(ranks: RankInfo, layouts: dict[str, dict[str, Any]]) -> dict[str, Measured]:
-    """What `measure` finds in each layout."""
+    """What `measure` finds in each layout, and errors of scores with all processes as shards."""
     found = {}
     for name, options in layouts.items():
         with layout(ranks, options) as (parallel, context):
             found[name] = measure(parallel, context)
+    with layout(ranks, {"tensor_model_parallel_size": ranks.world_size}) as (_, context):
+        found["scores"] = compare_scores(context.tensor)
     shutdown()
     return found
 
