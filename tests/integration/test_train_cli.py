@@ -300,7 +300,7 @@ filter_groups: true, max_refills: 1}"
                 # Products of a sequence's ratios, less 1, keep the rounding of something near 1.
                 assert line[key] == pytest.approx(other[key], rel=1e-5, abs=5e-7), key
     assert {line["rollout/num_refills"] for line in single} == {1}
-    assert {line["rollout/num_filled_groups"] for line in single} == {0, 1}
+    assert any(line["rollout/num_filled_groups"] > 0 for line in single)
     for step, line in enumerate(single):
         rewards = [reward for _, _, _, reward, *_ in _rollouts(room / "single", step)]
         equal = [len(set(rewards[i : i + 4])) == 1 for i in range(0, 16, 4)]
