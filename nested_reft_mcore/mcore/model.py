@@ -47,6 +47,8 @@ class Policy:
         self.context = context
         self.plan = LayerSkipPlan.full(architecture.num_layers)
         """What is skipped now."""
+        self.is_replaced = False
+        """Whether other weights are in the place of its own now: neither to save nor to update."""
         self.ddp_chunks: list[Any] = []
         """The chunks inside Megatron's DistributedDataParallel, once an optimizer is attached."""
 

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nested_reft_mcore.algorithm.diagnostics import finalize_metrics, ratio_p05
+from nested_reft_mcore.algorithm.diagnostics import MetricSums, finalize_metrics, ratio_p05
+from nested_reft_mcore.algorithm.importance import CorrectionSettings
 from nested_reft_mcore.algorithm.objectives import LossInputs, ObjectiveSettings, policy_loss
+from nested_reft_mcore.algorithm.rejection import RejectionRule
+from nested_reft_mcore.config.corrections import read_correction, read_rejections
 from nested_reft_mcore.config.schema import AlgorithmConfig, Config
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.model import Policy
@@ -20,7 +23,8 @@ from nested_reft_mcore.mcore.pipeline import broadcast_object, forward_logprobs,
 from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.types import RolloutBatch
-from nested_reft_mcore.training.replicas import add_up, gather_from_replicas
+from nested_reft_mcore.training.reference import ReferencePolicy
+from nested_reft_mcore.training.replicas import gather_from_replicas
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,36 @@ class UpdateResult:
     """False where the gradient was not finite and the weights stayed as they were."""
     metrics: dict[str, float]
     """Over the global mini-batch."""
+    logprobs: Tensor
+    """`[batch, seq]` float32 on the CPU: this replica's, of the labels, before the update."""
 
 
-def objective_settings(config: AlgorithmConfig) -> ObjectiveSettings:
+def objective_settings(config: AlgorithmConfig, max_response_length: int) -> ObjectiveSettings:
     """The objective that a configuration asks for."""
+    correction = read_correction(config)
     return ObjectiveSettings(
         objective=config.objective,
-        correction=config.correction,
-        retrace_lambda=config.retrace_lambda,
+        correction=correction.name,
+        correction_settings=CorrectionSettings(
+            retrace_lambda=config.retrace_lambda,
+            lower=correction.lower,
+            upper=correction.upper,
+            log_clamp=config.log_ratio_clamp,
+        ),
+        rejections=tuple(
+            RejectionRule(rule.name, rule.upper, rule.lower) for rule in read_rejections(config)
+        ),
         log_ratio_clamp=config.log_ratio_clamp,
         clip_ratio_low=config.clip_ratio_low,
         clip_ratio_high=config.clip_ratio_high,
+        clip_ratio_c=config.clip_ratio_c,
         bypass_mode=config.bypass_mode,
+        loss_agg_mode=config.loss_agg_mode,
+        max_response_length=max_response_length,
+        entropy_coeff=config.entropy_coeff,
+        kl_loss_coef=config.kl_loss_coef,
+        kl_loss_type=config.kl_loss_type,
+        kl_corrected=config.kl_corrected,
     )
 
 
@@ -54,43 +76,60 @@ class Learner:
         config: Config,
         policy: Policy,
         optimizer: PolicyOptimizer,
+        reference: ReferencePolicy | None,
         pad_token_id: int,
         timers: Timers,
     ) -> None:
-        self._settings = objective_settings(config.algorithm)
+        algorithm = config.algorithm
+        self._settings = objective_settings(algorithm, config.rollout.max_new_tokens)
+        self._mask_truncated = algorithm.mask_truncated
+        self._needs_old_logprobs = self._settings.needs_old_logprobs or algorithm.kl_reward_coef > 0
         self._micro_batch_size = config.train.micro_batch_size
         self._temperature = config.rollout.temperature
         self._policy = policy
         self._optimizer = optimizer
+        self._reference = reference
         self._pad_token_id = pad_token_id
         self._timers = timers
 
-    def training_batch(self, rollouts: RolloutBatch, advantages: Tensor) -> TrainingBatch:
-        """The rollouts as tensors, with old log-probs if the objective compares with them."""
+    def training_batch(self, rollouts: RolloutBatch) -> TrainingBatch:
+        """The rollouts as tensors, advantages still 0, with the log-probs that are asked for.
+
+        Those are the old ones if the objective or a KL in the rewards compares with them, and the
+        reference's if there is one.
+        """
         batch = TrainingBatch.from_rollouts(
             rollouts.rollouts,
-            advantages,
+            torch.zeros(len(rollouts.rollouts)),
             self._pad_token_id,
             # Sequence parallelism cuts the sequence into equal parts.
             pad_to_multiple=self._policy.context.tensor.size,
         )
-        if self._settings.objective != "ppo_clip" or self._settings.bypass_mode:
-            return batch
-        with self._timers("old_log_prob"):
-            return batch.with_old_logprobs(
-                forward_logprobs(
-                    self._policy,
-                    batch,
-                    micro_batch_size=self._micro_batch_size,
-                    temperature=self._temperature,
-                )
-            )
+        if self._mask_truncated:
+            is_cut = [rollout.finish_reason == "length" for rollout in rollouts.rollouts]
+            batch = batch.without_responses(torch.tensor(is_cut))
+        if self._needs_old_logprobs:
+            with self._timers("old_log_prob"):
+                batch = batch.with_old_logprobs(self.logprobs(batch))
+        if self._reference is not None:
+            with self._timers("ref"), self._reference.in_place():
+                batch = batch.with_ref_logprobs(self.logprobs(batch))
+        return batch
+
+    def logprobs(self, batch: TrainingBatch) -> Tensor:
+        """`[batch, seq]` float32 on the CPU: of the labels, under the policy as it stands."""
+        return forward_logprobs(
+            self._policy,
+            batch,
+            micro_batch_size=self._micro_batch_size,
+            temperature=self._temperature,
+        )
 
     def update(self, batch: TrainingBatch) -> UpdateResult:
         """Take one step on `batch`, this replica's share of the global mini-batch.
 
-        The loss is the token mean over the global mini-batch, rejected tokens left out. A step
-        whose gradient is not finite is not taken.
+        The loss is divided by a denominator of the global mini-batch (`loss_agg_mode`), rejected
+        tokens left out. A step whose gradient is not finite is not taken.
         """
         with self._timers("update_actor"):
             self._optimizer.zero_grad()
@@ -105,7 +144,7 @@ class Learner:
         metrics = _global_metrics(result.outputs, self._policy.context)
         metrics["actor/grad_norm"] = outcome.grad_norm
         metrics["actor/lr"] = outcome.lr
-        return UpdateResult(outcome.applied, metrics)
+        return UpdateResult(outcome.applied, metrics, result.logprobs)
 
 
 def mean_over_updates(updates: Sequence[UpdateResult]) -> dict[str, float]:
@@ -124,17 +163,17 @@ def _micro_batch_loss(
             advantages=batch.advantages,
             response_mask=batch.response_mask,
             old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
             entropy=entropies,
         ),
         settings,
     )
     terms = {
-        "num_tokens": output.num_tokens,
-        "sums": output.metrics,
+        "sums": output.metrics.numbers(),
         "maxima": output.maxima,
         "log_ratios": output.log_ratios,
     }
-    return output.loss_sum, output.num_tokens, terms
+    return output.loss_sum, output.denominator, terms
 
 
 def _global_metrics(
@@ -144,15 +183,13 @@ def _global_metrics(
     local: dict[str, Any] = {}
     if context.is_last_stage:
         local = {
-            "num_tokens": sum(int(terms["num_tokens"]) for terms in micro_batches),
-            "sums": add_up(terms["sums"] for terms in micro_batches),
+            "sums": MetricSums.total(terms["sums"] for terms in micro_batches),
             "maxima": _largest(terms["maxima"] for terms in micro_batches),
             "log_ratios": torch.cat([terms["log_ratios"].cpu() for terms in micro_batches]),
         }
     replicas = gather_from_replicas(broadcast_object(local, context), context)
     metrics = finalize_metrics(
-        add_up(replica["sums"] for replica in replicas),
-        sum(replica["num_tokens"] for replica in replicas),
+        MetricSums.total(replica["sums"] for replica in replicas),
         _largest(replica["maxima"] for replica in replicas),
     )
     log_ratios = torch.cat([replica["log_ratios"] for replica in replicas])

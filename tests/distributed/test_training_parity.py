@@ -159,6 +159,17 @@ def test_an_update_that_is_not_finite_leaves_no_trace(pair: list[dict[str, Any]]
                         assert found[layout][key] == value, (layout, key)
 
 
+def test_the_reference_is_what_the_policy_began_as(pair: list[dict[str, Any]]) -> None:
+    names = (
+        *("reference weights", "reference log-probs", "moved", "restored", "still learns", "again"),
+        *("refuses update", "refuses save", "refuses twice"),
+    )
+    for found in pair:
+        for layout, optimizers in found["reference"].items():
+            for optimizer, checks in optimizers.items():
+                assert checks == dict.fromkeys(names, True), (layout, optimizer)
+
+
 @pytest.mark.parametrize("case", ["tied", "untied"])
 def test_padding_of_the_vocabulary_at_two_shards(pair: list[dict[str, Any]], case: str) -> None:
     shards = [found["padding"][case] for found in pair]
