@@ -6,10 +6,10 @@ of each label and the entropy of its distribution, and back to both gradients.
 - whole: logits, `float()`, `log_softmax`, `gather` and the entropy, with torch's autograd;
 - chunked: `mcore.logprobs.token_logprobs`, which makes logits twice and keeps none.
 
-The loss is the sum of the log-probs; with `--loss entropy` also of the entropies, else those are made
-without a gradient, as a metric. Every run is a process of its own: its extra memory is the peak of
-what is resident during the pass, above what is resident before it, or what torch's allocator says
-on CUDA. Arms take turns, every other round backwards; medians over rounds.
+The loss is the sum of the log-probs; with `--loss entropy` also of the entropies, else those are
+made without a gradient, as a metric. Every run is a process of its own: its extra memory is the
+peak of what is resident during the pass, above what is resident before it, or what torch's
+allocator says on CUDA. Arms take turns, every other round backwards; medians over rounds.
 
 python benchmarks/bench_logprobs.py [--tokens 4096] [--vocab 151936] [--hidden 896] [--loss entropy]
 """
