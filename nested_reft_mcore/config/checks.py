@@ -55,7 +55,8 @@ def check_for_training(config: Config) -> None:
     """Refuse what `train` cannot use though `generate` and `evaluate` can.
 
     Raises:
-        UserError: top-k or top-p is set, or there is nothing to train on.
+        UserError: top-k or top-p is set, there is nothing to train on, or the longest sequence
+            that may come up is longer than a micro-batch.
     """
     for name in ("top_k", "top_p"):
         value = getattr(config.rollout, name)
@@ -68,6 +69,7 @@ def check_for_training(config: Config) -> None:
             )
     if config.data.train_path is None and config.rollout.replay is None:
         raise UserError("data.train_path is missing: `train` needs prompts (or rollout.replay)")
+    _check_micro_batch_tokens(config)
 
 
 def check_for_warm_up(config: Config) -> None:
@@ -301,6 +303,22 @@ def _check_objective(config: Config) -> None:
         raise UserError(
             f"reward.overlong_buffer_len={config.reward.overlong_buffer_len} is longer than "
             f"rollout.max_new_tokens={config.rollout.max_new_tokens}"
+        )
+
+
+def _check_micro_batch_tokens(config: Config) -> None:
+    budget = config.train.max_tokens_per_micro_batch
+    # Of a sequence all tokens but the last go into the model.
+    longest = config.data.max_prompt_length + config.rollout.max_new_tokens - 1
+    if config.parallel.sequence_parallel:
+        size = config.parallel.tensor_model_parallel_size
+        longest = -(-longest // size) * size
+    if budget is not None and budget < longest:
+        raise UserError(
+            f"train.max_tokens_per_micro_batch={budget} has no room for the longest sequence that "
+            f"may come up, {longest} tokens (data.max_prompt_length="
+            f"{config.data.max_prompt_length} and rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens}); expected at least {longest}"
         )
 
 

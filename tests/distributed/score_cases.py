@@ -16,7 +16,7 @@ from nested_reft_mcore.mcore.logprobs import token_logprobs
 
 TEMPERATURE, SEQ, BATCH, HIDDEN = 0.7, 12, 3, 16
 VOCABULARIES = (41, 300)
-"""Padded to 128 for every rank: one shard in use; or two, a part of the third, none of the fourth."""
+"""Padded to 128 a rank: of four shards one is in use in part; or three, and none of the fourth."""
 
 
 def compare_scores(tensor: ParallelDimension) -> dict[str, dict[str, float]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
 import pytest
 from run_workers import run_workers
-from update_worker import ALGORITHMS, Measured, measure_layouts, two_process_checks
+from update_worker import ALGORITHMS, SPREAD, Measured, measure_layouts, two_process_checks
 
 TP, PP, VPP = (
     "tensor_model_parallel_size",
@@ -50,20 +49,27 @@ def pair() -> list[dict[str, Any]]:
 
 def test_updates_are_worth_comparing(single: Measured) -> None:
     for algorithm in ALGORITHMS:
-        first, second = single[f"{algorithm}/replicated/4"]
+        first, second = single[f"{algorithm}/replicated/4 rows"]
         assert first["actor/grad_norm"] > 0.1
         assert first["actor/pg_loss"] != second["actor/pg_loss"]
         assert first["rollout_corr/rollout_is_max"] > 2
         assert first["nested/ratio_p05"] < 0.5
-    first, second = single["ppo_clip/decoupled/replicated/4"]
+    first, second = single["ppo_clip/decoupled/replicated/4 rows"]
     assert first["actor/pg_clipfrac"] == 0
     assert second["actor/pg_clipfrac"] > 0.1
 
 
 def test_optimizer_and_micro_batches_change_nothing(single: Measured) -> None:
     for algorithm in ALGORITHMS:
-        for other in ("replicated/2", "distributed/4"):
-            _assert_same(single[f"{algorithm}/{other}"], single[f"{algorithm}/replicated/4"], other)
+        for other in ("replicated/2 rows", "distributed/4 rows", "distributed/40 tokens"):
+            if f"{algorithm}/{other}" in single:
+                expected = single[f"{algorithm}/replicated/4 rows"]
+                _assert_same(single[f"{algorithm}/{other}"], expected, other)
+    assert f"{SPREAD}/distributed/40 tokens" in single
+    for filled, equal in zip(
+        single["padding"]["40 tokens"], single["padding"]["4 rows"], strict=True
+    ):
+        assert filled < equal / 2
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -75,8 +81,10 @@ def test_every_layout_learns_the_same(single: Measured, world_size: int) -> None
             assert found[name] == processes[0][name], f"{name}: the ranks disagree"
             assert found[name]["plans"] == single["plans"], name
             _assert_on_policy(found[name]["on policy"])
-            updates = found[name].keys() - {"plans", "on policy"}
+            updates = found[name].keys() - {"plans", "on policy", "padding"}
             assert len(updates) == len(ALGORITHMS) + 1
+            padding = found[name]["padding"]
+            assert sum(padding["40 tokens"]) < 0.6 * sum(padding["4 rows"]), name
             for key in updates:
                 _assert_same(found[name][key], single[key], f"{name}: {key}")
 
