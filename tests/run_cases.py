@@ -53,7 +53,7 @@ CONFIG: dict[str, Any] = {
     "nested": {"num_skipped": 2, "check_plan_across_ranks": True},
     "rollout": {"prompts_per_step": 4, "group_size": 8, "max_new_tokens": 8, "max_slots": 16},
     # Two updates a step: the second one's ratio is not 1.
-    "algorithm": {"objective": "ppo_clip", "correction": "retrace", "clip_ratio_low": 0.05},
+    "algorithm": {"objective": "ppo_clip", "rollout_is": "retrace", "clip_ratio_low": 0.05},
     "train": {"num_steps": 8, "updates_per_step": 2, "micro_batch_size": 4},
     "optimizer": {"lr": 1.0e-3},
     "evaluation": {"interval": 2, "num_samples": 2, "num_prompts": 8},

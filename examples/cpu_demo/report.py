@@ -131,7 +131,7 @@ def main() -> None:
     console.print("Try next, three layers and a bounded importance weight:")
     console.print(
         f"  {_command()} train {config} --checkpoint {output}/sft/checkpoints \\\n"
-        f"    nested.num_skipped=3 algorithm.correction=retrace run_dir={output}/retrace"
+        f"    nested.num_skipped=3 algorithm.rollout_is=retrace run_dir={output}/retrace"
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-AdvantageMethod = Literal["grpo", "dr_grpo"]
+AdvantageMethod = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"]
 
 
 def group_relative_advantages(
@@ -24,6 +24,9 @@ def group_relative_advantages(
     `grpo` (DeepSeekMath, arXiv 2402.03300, eq. 3 with outcome rewards):
     (r - mean) / (std + epsilon), with the sample deviation (n - 1) of the group.
     `dr_grpo` (arXiv 2503.20783): r - mean.
+    `rloo` (arXiv 2402.14740): r - mean of the OTHER completions of the group.
+    `reinforce_plus_plus_baseline` (arXiv 2501.03262): (r - mean) / (std + epsilon), with the
+    deviation of r - mean over the whole batch, which therefore has to be the global one.
 
     Groups are either runs of `group_size` neighbours or the equal entries of `group_ids`. Equal
     rewards, and so a group of one, give exactly 0. Raises ValueError unless exactly one of the two
@@ -42,7 +45,13 @@ def group_relative_advantages(
     deviation = shifted - _per_group(shifted, group, num_groups, "mean")[group]
     if method == "dr_grpo":
         return deviation.to(rewards.dtype)
+    if method == "reinforce_plus_plus_baseline":
+        spread = deviation.square().mean().sqrt()
+        return (deviation / (spread + epsilon)).to(rewards.dtype)
     size = torch.bincount(group, minlength=num_groups)
+    if method == "rloo":
+        others = (size - 1).clamp(min=1)
+        return (deviation * (size / others)[group]).to(rewards.dtype)
     squares = _per_group(deviation.square(), group, num_groups, "sum")
     std = (squares / (size - 1).clamp(min=1)).sqrt()
     return (deviation / (std[group] + epsilon)).to(rewards.dtype)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.corrections import read_correction, read_rejections
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import (
     Config,
@@ -265,16 +266,33 @@ def _check_sft(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     algorithm = config.algorithm
-    if algorithm.bypass_mode and algorithm.objective != "ppo_clip":
+    read_correction(algorithm)
+    read_rejections(algorithm)
+    if algorithm.bypass_mode and algorithm.objective == "reinforce":
         raise UserError(
-            "algorithm.bypass_mode=true chooses the ratio of algorithm.objective=ppo_clip; "
-            f"found objective={algorithm.objective}"
+            "algorithm.bypass_mode=true chooses the ratio of algorithm.objective=ppo_clip, cispo "
+            "or gspo; found objective=reinforce"
         )
-    if algorithm.bypass_mode and algorithm.correction != "practical":
+    if algorithm.bypass_mode and algorithm.rollout_is != "practical":
         raise UserError(
             "algorithm.bypass_mode=true already has target / behavior as its ratio, so "
-            f"algorithm.correction={algorithm.correction} would count it twice; expected "
-            "correction=practical, or bypass_mode=false"
+            f"algorithm.rollout_is={algorithm.rollout_is} would count it twice; expected "
+            "rollout_is=practical, or bypass_mode=false"
+        )
+    if algorithm.clip_ratio_c is not None and algorithm.objective != "ppo_clip":
+        raise UserError(
+            f"algorithm.clip_ratio_c={algorithm.clip_ratio_c} is the dual clip of "
+            f"algorithm.objective=ppo_clip; found objective={algorithm.objective}"
+        )
+    if algorithm.kl_corrected and not algorithm.kl_loss_coef:
+        raise UserError(
+            "algorithm.kl_corrected=true weighs a KL term that is not there; set "
+            "algorithm.kl_loss_coef above 0"
+        )
+    if config.reward.overlong_buffer_len > config.rollout.max_new_tokens:
+        raise UserError(
+            f"reward.overlong_buffer_len={config.reward.overlong_buffer_len} is longer than "
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens}"
         )
 
 

@@ -134,27 +134,75 @@ class RewardConfig(Section):
     """Worker processes."""
     deadline_seconds: float = Field(default=10.0, gt=0)
     """A completion that takes longer to judge gets reward 0 and is counted."""
+    overlong_buffer_len: int = Field(default=0, ge=0)
+    """Soft overlong punishment over the last so many tokens (arXiv 2503.14476); 0 turns it off."""
+    overlong_penalty_factor: float = Field(default=1.0, ge=0)
+    """What a completion of full length loses by it."""
+    length_penalty: float = Field(default=0.0, ge=0)
+    """A completion of n tokens loses this times n / `rollout.max_new_tokens`."""
 
 
 class AlgorithmConfig(Section):
-    """Advantages, off-policy correction and objective."""
+    """Advantages, off-policy correction and objective; docs/algorithm.md has the formulas."""
 
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    """Group-relative advantage, with (`grpo`) or without division by the group's deviation."""
-    correction: Literal["practical", "base", "retrace"] = "practical"
-    """Weight of a token: 1, w_t, or lambda * min(1, w_t)."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"] = "grpo"
+    """How a completion is judged against the others of its prompt."""
+    filter_groups: bool = False
+    """Dynamic sampling: drop groups with equal rewards and generate for further prompts."""
+    max_refills: int = Field(default=3, ge=0)
+    """Dynamic sampling: most further generations in a step."""
+    rollout_is: Literal[
+        "practical",
+        "base",
+        "retrace",
+        "retrace_cumulative",
+        "trajectory",
+        "sequence",
+        "prefix",
+        "tis",
+        "token",
+        "icepop",
+        "geometric",
+    ] = "practical"
+    """Correction; `token` and `sequence` are verl's, for `tis` and a truncated `trajectory`."""
+    rollout_is_threshold: float | str | None = None
+    """Largest weight, or "low_high"; left out: 2 for `tis` and `sequence`, "0.5_5" for `icepop`."""
     retrace_lambda: float = Field(default=1.0, ge=0, le=1)
-    """Lambda of `retrace` (arXiv 1606.02647)."""
+    """Lambda of `retrace` and `retrace_cumulative` (arXiv 1606.02647)."""
+    rollout_rs: str | None = None
+    """Rejections, comma-separated: token_k1 to _k3, seq_sum_k1, seq_mean_k3, seq_max_k2, ...."""
+    rollout_rs_threshold: float | str | None = None
+    """Bound of each rejection, comma-separated; k1: behavior / target as "low_high", else nats."""
     log_ratio_clamp: float = Field(default=20.0, gt=0)
     """Log importance ratios are cut to this magnitude."""
-    objective: Literal["reinforce", "ppo_clip"] = "reinforce"
+    objective: Literal["reinforce", "ppo_clip", "cispo", "gspo"] = "reinforce"
     """Policy-gradient objective."""
     clip_ratio_low: float = Field(default=0.2, ge=0)
-    """PPO clips the ratio below 1 - this."""
+    """The ratio is clipped below 1 - this; GSPO wants about 3e-4."""
     clip_ratio_high: float = Field(default=0.2, ge=0)
-    """PPO clips the ratio above 1 + this."""
+    """The ratio is clipped above 1 + this; GSPO wants about 4e-4."""
+    clip_ratio_c: float | None = Field(default=None, gt=1)
+    """Dual clip of `ppo_clip`: bound on the loss of a negative advantage, as a ratio."""
     bypass_mode: bool = False
-    """PPO ratio is target / behavior instead of target / old times a correction (`decoupled`)."""
+    """The ratio is target / behavior instead of target / old times a correction (`decoupled`)."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """Denominator: tokens, each sequence's tokens, or a constant; always of the global batch."""
+    entropy_coeff: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus."""
+    kl_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of the KL from the initial policy, kept on the host, in the loss."""
+    kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL divergence in the loss."""
+    kl_corrected: bool = False
+    """Weigh the KL estimate by target / behavior: unbiased for nested rollouts."""
+    kl_reward_coef: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence from the initial policy that is taken off the rewards."""
+    kl_penalty: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL divergence in the rewards."""
+    mask_truncated: bool = False
+    """Completions cut off at `rollout.max_new_tokens` teach nothing (overlong filtering)."""
 
 
 class OptimizerConfig(Section):

@@ -85,6 +85,10 @@ class TrainingBatch:
             )
         return replace(self, old_logprobs=old_logprobs.detach().float().to(self.tokens.device))
 
+    def without_responses(self, rows: Bool[Tensor, " batch"]) -> TrainingBatch:
+        """The same batch in which the responses of these rows count for nothing."""
+        return replace(self, response_mask=self.response_mask & ~rows[:, None])
+
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The same batch on another device."""
         return self._map(lambda _, column: column.to(device, non_blocking=True))

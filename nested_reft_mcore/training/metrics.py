@@ -16,15 +16,16 @@ LAYER_PASSES = "nested/layer_passes/stage_"
 
 
 def rollout_metrics(
-    rollouts: RolloutBatch, rewards: Tensor, context: ParallelContext
+    rollouts: RolloutBatch, scores: Tensor, rewards: Tensor, context: ParallelContext
 ) -> dict[str, float]:
-    """Rewards, lengths, plan and generation speed over the global batch."""
-    replicas = gather_from_replicas(_columns(rollouts, rewards), context)
+    """Scores, rewards (shaped), lengths, plan and generation speed over the global batch."""
+    replicas = gather_from_replicas(_columns(rollouts, scores, rewards), context)
     columns = {name: [v for replica in replicas for v in replica[name]] for name in replicas[0]}
     plan = rollouts.plan
     executed = [sum(passes) for passes in zip(*(r["layer_passes"] for r in replicas), strict=True)]
     generated = sum(columns["response_length"])
     metrics = {
+        **_spread("critic/score", columns["scores"]),
         **_spread("critic/rewards", columns["rewards"]),
         **_spread("response_length", columns["response_length"]),
         **_spread("prompt_length", columns["prompt_length"]),
@@ -51,13 +52,14 @@ def rollout_metrics(
         # 1 where every stage has the same work; the fullest stage sets the pace.
         metrics["nested/stage_imbalance"] = max(executed) * len(executed) / sum(executed)
     metrics["critic/solve_none"], metrics["critic/solve_all"] = _equal_groups(
-        columns["rewards"], rollouts.group_size
+        columns["scores"], rollouts.group_size
     )
     return metrics
 
 
-def _columns(rollouts: RolloutBatch, rewards: Tensor) -> dict[str, list[Any]]:
+def _columns(rollouts: RolloutBatch, scores: Tensor, rewards: Tensor) -> dict[str, list[Any]]:
     return {
+        "scores": scores.tolist(),
         "rewards": rewards.tolist(),
         "response_length": [len(rollout.token_ids) for rollout in rollouts.rollouts],
         "prompt_length": [len(rollout.prompt.token_ids) for rollout in rollouts.rollouts],

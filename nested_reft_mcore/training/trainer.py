@@ -8,7 +8,6 @@ from functools import partial
 
 import torch.distributed as dist
 
-from nested_reft_mcore.algorithm.advantages import group_relative_advantages
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, LayerSkipSchedule
 from nested_reft_mcore.config.checks import num_skipped
 from nested_reft_mcore.config.schema import Config
@@ -21,6 +20,7 @@ from nested_reft_mcore.launch.signals import StopSignals
 from nested_reft_mcore.mcore.hf_weights import export_hf_weights
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.dump import dump_rollouts
+from nested_reft_mcore.training.advantages import replica_advantages, shape_rewards
 from nested_reft_mcore.training.evaluation import Evaluator
 from nested_reft_mcore.training.experience import (
     ExperienceSource,
@@ -106,11 +106,12 @@ def _loop(
             plan = schedule.plan(step)
             if config.nested.check_plan_across_ranks:
                 check_plan_across_ranks(plan, run.context)
-            rollouts, rewards = experience.collect(step, plan, timers)
-            advantages = group_relative_advantages(
-                rewards, config.algorithm.advantage, group_size=rollouts.group_size
+            rollouts, scores = experience.collect(step, plan, timers)
+            rewards = shape_rewards(scores, rollouts, config.reward, config.rollout.max_new_tokens)
+            advantages = replica_advantages(
+                rewards, config.algorithm.advantage, rollouts.group_size, run.context
             )
-            metrics = rollout_metrics(rollouts, rewards, run.context)
+            metrics = rollout_metrics(rollouts, scores, rewards, run.context)
             batch = learner.training_batch(rollouts, advantages)
             updates = []
             for minibatch in batch.deal(config.train.updates_per_step):
@@ -121,7 +122,7 @@ def _loop(
         # The weights have changed: from here on the step is done, whoever asks to stop.
         run.check(may_stop=False)
         if config.logging.dump_rollouts and is_replica_writer(run.context):
-            dump_rollouts(run.directory, step, run.context.data.rank, rollouts, rewards.tolist())
+            dump_rollouts(run.directory, step, run.context.data.rank, rollouts, scores.tolist())
         state.step, state.data = step + 1, experience.state_dict()
         layer_passes.update({k: v for k, v in metrics.items() if k.startswith(LAYER_PASSES)})
         _conclude(run, evaluator, metrics, rollouts.plan.describe())

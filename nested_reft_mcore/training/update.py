@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nested_reft_mcore.algorithm.diagnostics import finalize_metrics, ratio_p05
+from nested_reft_mcore.algorithm.diagnostics import MetricSums, finalize_metrics, ratio_p05
+from nested_reft_mcore.algorithm.importance import CorrectionSettings
 from nested_reft_mcore.algorithm.objectives import LossInputs, ObjectiveSettings, policy_loss
+from nested_reft_mcore.algorithm.rejection import RejectionRule
+from nested_reft_mcore.config.corrections import read_correction, read_rejections
 from nested_reft_mcore.config.schema import AlgorithmConfig, Config
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.model import Policy
@@ -20,7 +23,7 @@ from nested_reft_mcore.mcore.pipeline import broadcast_object, forward_logprobs,
 from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.types import RolloutBatch
-from nested_reft_mcore.training.replicas import add_up, gather_from_replicas
+from nested_reft_mcore.training.replicas import gather_from_replicas
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,32 @@ class UpdateResult:
     """Over the global mini-batch."""
 
 
-def objective_settings(config: AlgorithmConfig) -> ObjectiveSettings:
+def objective_settings(config: AlgorithmConfig, max_response_length: int) -> ObjectiveSettings:
     """The objective that a configuration asks for."""
+    correction = read_correction(config)
     return ObjectiveSettings(
         objective=config.objective,
-        correction=config.correction,
-        retrace_lambda=config.retrace_lambda,
+        correction=correction.name,
+        correction_settings=CorrectionSettings(
+            retrace_lambda=config.retrace_lambda,
+            lower=correction.lower,
+            upper=correction.upper,
+            log_clamp=config.log_ratio_clamp,
+        ),
+        rejections=tuple(
+            RejectionRule(rule.name, rule.upper, rule.lower) for rule in read_rejections(config)
+        ),
         log_ratio_clamp=config.log_ratio_clamp,
         clip_ratio_low=config.clip_ratio_low,
         clip_ratio_high=config.clip_ratio_high,
+        clip_ratio_c=config.clip_ratio_c,
         bypass_mode=config.bypass_mode,
+        loss_agg_mode=config.loss_agg_mode,
+        max_response_length=max_response_length,
+        entropy_coeff=config.entropy_coeff,
+        kl_loss_coef=config.kl_loss_coef,
+        kl_loss_type=config.kl_loss_type,
+        kl_corrected=config.kl_corrected,
     )
 
 
@@ -57,7 +76,8 @@ class Learner:
         pad_token_id: int,
         timers: Timers,
     ) -> None:
-        self._settings = objective_settings(config.algorithm)
+        self._settings = objective_settings(config.algorithm, config.rollout.max_new_tokens)
+        self._mask_truncated = config.algorithm.mask_truncated
         self._micro_batch_size = config.train.micro_batch_size
         self._temperature = config.rollout.temperature
         self._policy = policy
@@ -74,7 +94,10 @@ class Learner:
             # Sequence parallelism cuts the sequence into equal parts.
             pad_to_multiple=self._policy.context.tensor.size,
         )
-        if self._settings.objective != "ppo_clip" or self._settings.bypass_mode:
+        if self._mask_truncated:
+            is_cut = [rollout.finish_reason == "length" for rollout in rollouts.rollouts]
+            batch = batch.without_responses(torch.tensor(is_cut))
+        if not self._settings.needs_old_logprobs:
             return batch
         with self._timers("old_log_prob"):
             return batch.with_old_logprobs(
@@ -89,8 +112,8 @@ class Learner:
     def update(self, batch: TrainingBatch) -> UpdateResult:
         """Take one step on `batch`, this replica's share of the global mini-batch.
 
-        The loss is the token mean over the global mini-batch, rejected tokens left out. A step
-        whose gradient is not finite is not taken.
+        The loss is divided by a denominator of the global mini-batch (`loss_agg_mode`), rejected
+        tokens left out. A step whose gradient is not finite is not taken.
         """
         with self._timers("update_actor"):
             self._optimizer.zero_grad()
@@ -124,17 +147,17 @@ def _micro_batch_loss(
             advantages=batch.advantages,
             response_mask=batch.response_mask,
             old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
             entropy=entropies,
         ),
         settings,
     )
     terms = {
-        "num_tokens": output.num_tokens,
-        "sums": output.metrics,
+        "sums": output.metrics.numbers(),
         "maxima": output.maxima,
         "log_ratios": output.log_ratios,
     }
-    return output.loss_sum, output.num_tokens, terms
+    return output.loss_sum, output.denominator, terms
 
 
 def _global_metrics(
@@ -144,15 +167,13 @@ def _global_metrics(
     local: dict[str, Any] = {}
     if context.is_last_stage:
         local = {
-            "num_tokens": sum(int(terms["num_tokens"]) for terms in micro_batches),
-            "sums": add_up(terms["sums"] for terms in micro_batches),
+            "sums": MetricSums.total(terms["sums"] for terms in micro_batches),
             "maxima": _largest(terms["maxima"] for terms in micro_batches),
             "log_ratios": torch.cat([terms["log_ratios"].cpu() for terms in micro_batches]),
         }
     replicas = gather_from_replicas(broadcast_object(local, context), context)
     metrics = finalize_metrics(
-        add_up(replica["sums"] for replica in replicas),
-        sum(replica["num_tokens"] for replica in replicas),
+        MetricSums.total(replica["sums"] for replica in replicas),
         _largest(replica["maxima"] for replica in replicas),
     )
     log_ratios = torch.cat([replica["log_ratios"] for replica in replicas])

@@ -44,11 +44,11 @@ from nested_reft_mcore.training.update import Learner, UpdateResult
 
 NUM_PROMPTS, GROUP_SIZE, TEMPERATURE = 8, 2, 0.7
 ALGORITHMS = {
-    "reinforce/base": AlgorithmConfig(objective="reinforce", correction="base"),
-    "reinforce/retrace": AlgorithmConfig(objective="reinforce", correction="retrace"),
+    "reinforce/base": AlgorithmConfig(objective="reinforce", rollout_is="base"),
+    "reinforce/retrace": AlgorithmConfig(objective="reinforce", rollout_is="retrace"),
     # Bounds so narrow that the second update meets them.
     "ppo_clip/decoupled": AlgorithmConfig(
-        objective="ppo_clip", correction="retrace", clip_ratio_low=0.02, clip_ratio_high=0.02
+        objective="ppo_clip", rollout_is="retrace", clip_ratio_low=0.02, clip_ratio_high=0.02
     ),
 }
 SPREAD = "ppo_clip/decoupled"

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nested_reft_mcore.algorithm.counter_random import permutation
-from nested_reft_mcore.algorithm.diagnostics import finalize_metrics, ratio_p05
+from nested_reft_mcore.algorithm.diagnostics import MetricSums, finalize_metrics, ratio_p05
+from nested_reft_mcore.algorithm.importance import CorrectionSettings
 from nested_reft_mcore.algorithm.objectives import LossInputs, ObjectiveSettings, policy_loss
 
 POISON = (float("nan"), float("inf"), -float("inf"), 1e300)
@@ -19,7 +20,7 @@ all_settings = st.one_of(
         ObjectiveSettings,
         objective=st.sampled_from(["reinforce", "ppo_clip"]),
         correction=st.sampled_from(["practical", "base", "retrace"]),
-        retrace_lambda=st.floats(0, 1),
+        correction_settings=st.builds(CorrectionSettings, retrace_lambda=st.floats(0, 1)),
         log_ratio_clamp=st.sampled_from([0.3, 5.0, 20.0]),
         clip_ratio_low=st.sampled_from([0.0, 0.2, 0.9]),
         clip_ratio_high=st.sampled_from([0.0, 0.28, 3.0]),
@@ -45,6 +46,7 @@ def loss_inputs(draw):
         advantages=normal(shape[0]),
         response_mask=torch.rand(*shape, generator=generator) < density,
         old_logprobs=target + normal(*shape) * draw(st.sampled_from([0.0, 0.2])),
+        ref_logprobs=target + normal(*shape) * draw(st.sampled_from([0.0, 0.5])),
         entropy=normal(*shape).abs(),
     )
 
@@ -79,10 +81,10 @@ def test_masked_positions_influence_nothing(inputs, settings, data):
     assert torch.equal(clean_output.loss_sum, dirty_output.loss_sum)
     assert torch.equal(clean_gradient, dirty_gradient)
     assert bool((dirty_gradient[hidden] == 0).all())
-    assert int(clean_output.num_tokens) == int(inputs.response_mask.sum())
-    assert int(dirty_output.num_tokens) == int(inputs.response_mask.sum())
-    assert {k: v.item() for k, v in clean_output.metrics.items()} == {
-        k: v.item() for k, v in dirty_output.metrics.items()
+    assert int(clean_output.denominator) == int(inputs.response_mask.sum())
+    assert int(dirty_output.denominator) == int(inputs.response_mask.sum())
+    assert {k: v.item() for k, v in clean_output.metrics.sums.items()} == {
+        k: v.item() for k, v in dirty_output.metrics.sums.items()
     }
     assert clean_output.maxima == dirty_output.maxima
     assert torch.equal(clean_output.log_ratios, dirty_output.log_ratios)
@@ -97,14 +99,14 @@ def test_splits_and_order_change_nothing(inputs, settings, chunk, seed):
     close = {"rtol": 1e-11, "atol": 1e-11}
     torch.testing.assert_close(sum(o.loss_sum for o in outputs), whole.loss_sum, **close)
     torch.testing.assert_close(torch.cat([g for _, g in parts]), gradient[order], **close)
-    assert sum(int(o.num_tokens) for o in outputs) == int(whole.num_tokens)
-    summed = {name: sum(o.metrics[name] for o in outputs) for name in whole.metrics}
+    assert sum(int(o.denominator) for o in outputs) == int(whole.denominator)
+    summed = MetricSums.total(o.metrics for o in outputs)
     maxima = {name: max(float(o.maxima[name]) for o in outputs) for name in whole.maxima}
-    got = finalize_metrics(summed, whole.num_tokens, maxima)
-    want = finalize_metrics(whole.metrics, whole.num_tokens, whole.maxima)
+    got = finalize_metrics(summed, maxima)
+    want = finalize_metrics(whole.metrics, whole.maxima)
     assert got == pytest.approx(want, rel=1e-9, abs=1e-9)
     joined = ratio_p05(torch.cat([o.log_ratios for o in outputs]))
-    assert joined == ratio_p05(whole.log_ratios) or int(whole.num_tokens) == 0
+    assert joined == ratio_p05(whole.log_ratios) or int(whole.denominator) == 0
 
 
 @given(loss_inputs(), all_settings)
@@ -136,7 +138,7 @@ def test_gradient_matches_finite_differences(inputs, settings):
     weight = {
         "practical": torch.ones_like(log_w),
         "base": log_w.exp(),
-        "retrace": settings.retrace_lambda * log_w.exp().clamp(max=1.0),
+        "retrace": settings.correction_settings.retrace_lambda * log_w.exp().clamp(max=1.0),
     }[settings.correction]
     want = torch.where(mask, -weight * inputs.advantages[:, None], 0.0)
     torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-12)
@@ -149,12 +151,12 @@ def test_on_policy_every_setting_is_the_plain_policy_gradient(inputs, settings):
     output, gradient = evaluate(
         replace(inputs, behavior_logprobs=same.clone(), old_logprobs=same.clone()), settings
     )
-    scale = settings.retrace_lambda if settings.correction == "retrace" else 1.0
+    scale = settings.correction_settings.retrace_lambda if settings.correction == "retrace" else 1.0
     want = torch.where(inputs.response_mask, -scale * inputs.advantages[:, None], 0.0)
     torch.testing.assert_close(gradient, want, rtol=1e-15, atol=1e-15)
     assert bool((output.log_ratios == 0).all())
-    metrics = finalize_metrics(output.metrics, output.num_tokens, output.maxima)
-    if int(output.num_tokens):
+    metrics = finalize_metrics(output.metrics, output.maxima)
+    if int(output.denominator):
         assert metrics["rollout_corr/rollout_is_mean"] == 1.0
         assert metrics["nested/ess"] == 1.0
         assert metrics["rollout_corr/kl"] == 0.0
@@ -164,8 +166,8 @@ def test_on_policy_every_setting_is_the_plain_policy_gradient(inputs, settings):
 @given(loss_inputs(), st.sampled_from(["base", "retrace", "practical"]))
 def test_diagnostics_keep_their_bounds(inputs, correction):
     output, _ = evaluate(inputs, ObjectiveSettings(correction=correction))
-    assume(int(output.num_tokens) > 0)
-    metrics = finalize_metrics(output.metrics, output.num_tokens, output.maxima)
+    assume(int(output.denominator) > 0)
+    metrics = finalize_metrics(output.metrics, output.maxima)
     assert metrics["rollout_corr/k3_kl"] >= 0
     assert 0 < metrics["nested/ess"] <= 1 + 1e-12
     assert 0 < ratio_p05(output.log_ratios) <= 1

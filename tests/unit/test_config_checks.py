@@ -128,8 +128,8 @@ CONTRADICTIONS = [
         "sft.optimizer.overlap_grad_reduce=true",
     ),
     (
-        {"algorithm": {"objective": "ppo_clip", "bypass_mode": True, "correction": "base"}},
-        "algorithm.correction=base would count it twice",
+        {"algorithm": {"objective": "ppo_clip", "bypass_mode": True, "rollout_is": "base"}},
+        "algorithm.rollout_is=base would count it twice",
     ),
     ({"algorithm": {"bypass_mode": True}}, "found objective=reinforce"),
     ({"train": {"updates_per_step": 3}}, "does not divide the 128 completions"),
@@ -161,7 +161,7 @@ AGREEMENTS = [
     {"parallel": {"sequence_parallel": True, "tensor_model_parallel_size": 2}},
     {"sft": {"max_skipped": 2}, "optimizer": {"overlap_grad_reduce": True}},
     {"algorithm": {"objective": "ppo_clip", "bypass_mode": True}},
-    {"algorithm": {"objective": "ppo_clip", "correction": "retrace"}},
+    {"algorithm": {"objective": "ppo_clip", "rollout_is": "retrace"}},
     {"nested": {"num_skipped": 10}},
     {
         "optimizer": {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nested_reft_mcore.algorithm.diagnostics import (
+    MetricSums,
     effective_sample_size,
     finalize_metrics,
     off_policy_maxima,
@@ -20,7 +21,7 @@ def measured(target, behavior, mask=None, clamp=20.0):
     mask = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
     log_ratio = log_importance_ratio(target, behavior, mask, clamp)
     sums = off_policy_sums(log_ratio, target, behavior)
-    return finalize_metrics(sums, log_ratio.kept.sum(), off_policy_maxima(log_ratio))
+    return finalize_metrics(sums, off_policy_maxima(log_ratio))
 
 
 def test_on_policy_is_the_origin():
@@ -33,6 +34,9 @@ def test_on_policy_is_the_origin():
         "rollout_corr/rollout_is_max": 1.0,
         "rollout_corr/rollout_is_eff_sample_size": 1.0,
         "nested/ess": 1.0,
+        "nested/ess_seq": 1.0,
+        "rollout_corr/chi2_seq": 0.0,
+        "rollout_corr/seq_ratio_mean": 1.0,
         "nested/num_non_finite_ratios": 0.0,
     }
 
@@ -78,15 +82,15 @@ def test_sums_add_over_micro_batches():
     torch.manual_seed(1)
     target, behavior = -torch.rand(6, 4) * 3, -torch.rand(6, 4) * 3
     mask = torch.rand(6, 4) < 0.6
-    sums, maxima, count = {}, {}, 0
+    parts, maxima = [], {}
     for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
         ratio = log_importance_ratio(target[rows], behavior[rows], mask[rows], 20.0)
-        for name, value in off_policy_sums(ratio, target[rows], behavior[rows]).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+        parts.append(off_policy_sums(ratio, target[rows], behavior[rows]))
         for name, value in off_policy_maxima(ratio).items():
             maxima[name] = max(maxima.get(name, 0.0), float(value))
-        count += int(ratio.kept.sum())
-    assert finalize_metrics(sums, count, maxima) == pytest.approx(measured(target, behavior, mask))
+    assert finalize_metrics(MetricSums.total(parts), maxima) == pytest.approx(
+        measured(target, behavior, mask)
+    )
 
 
 def test_no_tokens_give_no_means():

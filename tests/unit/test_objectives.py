@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nested_reft_mcore.algorithm.diagnostics import finalize_metrics
+from nested_reft_mcore.algorithm.importance import CorrectionSettings
 from nested_reft_mcore.algorithm.objectives import LossInputs, ObjectiveSettings, policy_loss
 
 LOG2 = math.log(2)
@@ -25,7 +26,7 @@ def one_token(ratio, advantage, **settings):
     )
     output = policy_loss(inputs, ObjectiveSettings(objective="ppo_clip", **settings))
     output.loss_sum.backward()
-    clipped = finalize_metrics(output.metrics, output.num_tokens)["actor/pg_clipfrac"]
+    clipped = finalize_metrics(output.metrics)["actor/pg_clipfrac"]
     assert target.grad is not None
     return output.loss_sum.item(), target.grad.item(), clipped
 
@@ -68,14 +69,16 @@ def inputs_of(target, behavior, old=None, advantages=(2.0,), **rest):
 )
 def test_reinforce_weights_each_token(correction, weights):
     inputs = inputs_of([-1.0, -2.0], [-1.0 - LOG2, -2.0 + LOG2])
-    settings = ObjectiveSettings(correction=correction, retrace_lambda=0.9)
+    settings = ObjectiveSettings(
+        correction=correction, correction_settings=CorrectionSettings(retrace_lambda=0.9)
+    )
     output = policy_loss(inputs, settings)
     output.loss_sum.backward()
     assert output.loss_sum.item() == pytest.approx(2 * weights[0] * 1.0 + 2 * weights[1] * 2.0)
     assert inputs.target_logprobs.grad is not None
     assert inputs.target_logprobs.grad[0].tolist() == pytest.approx([-2 * w for w in weights])
-    assert output.num_tokens.dtype == torch.int64
-    assert int(output.num_tokens) == 2
+    assert output.denominator.dtype == torch.int64
+    assert int(output.denominator) == 2
 
 
 def test_decoupled_ppo_corrects_old_over_behavior():
@@ -87,7 +90,7 @@ def test_decoupled_ppo_corrects_old_over_behavior():
     assert output.loss_sum.item() == pytest.approx(-6.0)
     assert inputs.target_logprobs.grad is not None
     assert inputs.target_logprobs.grad.item() == pytest.approx(-6.0)
-    metrics = finalize_metrics(output.metrics, output.num_tokens, output.maxima)
+    metrics = finalize_metrics(output.metrics, output.maxima)
     assert metrics["actor/ppo_kl"] == 0.0
     assert metrics["rollout_corr/rollout_is_max"] == pytest.approx(2.0)
 
@@ -110,9 +113,9 @@ def test_non_finite_tokens_leave_loss_and_denominator(settings):
     # target / old, which are the same three.
     output = policy_loss(inputs, settings)
     output.loss_sum.backward()
-    assert int(output.num_tokens) == 1
-    assert output.metrics["nested/num_non_finite_ratios"].item() == 3
-    assert output.log_ratios.tolist() == [0.0]
+    assert int(output.denominator) == 1
+    assert output.metrics.sums["nested/num_non_finite_ratios"].item() == 3
+    assert set(output.log_ratios.tolist()) == {0.0}
     assert math.isfinite(output.loss_sum.item())
     assert inputs.target_logprobs.grad is not None
     assert inputs.target_logprobs.grad[0, 1:].tolist() == [0.0, 0.0, 0.0]
@@ -123,9 +126,9 @@ def test_entropy_is_reported_without_gradient():
     output = policy_loss(
         inputs_of([-1.0, -2.0], [-1.0, -2.0], entropy=entropy), ObjectiveSettings()
     )
-    metrics = finalize_metrics(output.metrics, output.num_tokens)
+    metrics = finalize_metrics(output.metrics)
     assert metrics["actor/entropy"] == 1.0
-    assert not any(value.requires_grad for value in output.metrics.values())
+    assert not any(torch.is_tensor(v) and v.requires_grad for v in output.metrics.sums.values())
 
 
 def test_a_fully_masked_batch_adds_nothing():
@@ -138,7 +141,7 @@ def test_a_fully_masked_batch_adds_nothing():
     output = policy_loss(inputs, ObjectiveSettings())
     output.loss_sum.backward()
     assert output.loss_sum.item() == 0.0
-    assert int(output.num_tokens) == 0
+    assert int(output.denominator) == 0
     assert inputs.target_logprobs.grad is not None
     assert bool((inputs.target_logprobs.grad == 0).all())
 
@@ -146,7 +149,7 @@ def test_a_fully_masked_batch_adds_nothing():
 def test_contradictory_settings_are_refused():
     with pytest.raises(ValueError, match="would count target / behavior twice"):
         ObjectiveSettings(objective="ppo_clip", correction="base", bypass_mode=True)
-    with pytest.raises(ValueError, match="bypass_mode chooses the ratio of ppo_clip"):
+    with pytest.raises(ValueError, match="bypass_mode chooses a clipped ratio"):
         ObjectiveSettings(objective="reinforce", bypass_mode=True)
     with pytest.raises(ValueError, match="unknown correction 'tiss'"):
         ObjectiveSettings(correction="tiss")
