@@ -140,12 +140,15 @@ class LayerSkipSchedule:
     seed: int
     stage_extra_cost: tuple[float, ...] | None = None
 
-    def plan(self, step: int) -> LayerSkipPlan:
-        """The plan of this step, a function of (seed, step) alone."""
+    def plan(self, step: int, num_skipped: int | None = None) -> LayerSkipPlan:
+        """The plan of this step, a function of (seed, step, number skipped) alone.
+
+        `num_skipped` takes the place of the schedule's own number.
+        """
         return draw_plan(
             self.law,
             self.num_layers,
-            self.num_skipped,
+            self.num_skipped if num_skipped is None else num_skipped,
             self.border_layers,
             self.stage_of_layer,
             (Stream.PLAN, self.seed, step),

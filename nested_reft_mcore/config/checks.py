@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
+from nested_reft_mcore.config.controller import check_controller
 from nested_reft_mcore.config.corrections import read_correction, read_rejections
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import (
@@ -42,6 +43,7 @@ def check_config(config: Config) -> None:
             "rollout.mode=speculative: the draft comes from the nested policy, and nested skips "
             "nothing; set nested.skip_ratio or nested.num_skipped"
         )
+    check_controller(config)
     _check_sft(config)
     _check_objective(config)
     _check_steps(config)
@@ -159,6 +161,9 @@ def check_depth(config: Config, num_layers: int) -> None:
     nested = config.nested
     _check_skippable("nested", num_skipped(nested, num_layers), num_layers, nested.border_layers)
     _check_skippable("sft", config.sft.max_skipped, num_layers, config.sft.border_layers)
+    controller = config.controller
+    most = max(controller.min_skipped, controller.max_skipped or 0)
+    _check_skippable("controller", most, num_layers, nested.border_layers, "nested")
 
 
 def num_skipped(nested: NestedConfig, num_layers: int) -> int:
@@ -211,12 +216,15 @@ def check_warm_up_batches(config: Config, data_parallel_size: int) -> None:
         )
 
 
-def _check_skippable(section: str, count: int, num_layers: int, border: int) -> None:
+def _check_skippable(
+    section: str, count: int, num_layers: int, border: int, owner: str | None = None
+) -> None:
+    """`owner` is the section of `border_layers`, if it is another."""
     between = max(num_layers - 2 * border, 0)
     if count > between:
         raise UserError(
             f"{section}: {count} layers to skip, but {num_layers} layers with "
-            f"{section}.border_layers={border} leave {between} that may be skipped"
+            f"{owner or section}.border_layers={border} leave {between} that may be skipped"
         )
 
 
@@ -297,6 +305,11 @@ def _check_objective(config: Config) -> None:
 
 
 def _check_steps(config: Config) -> None:
+    if config.algorithm.filter_groups and config.rollout.group_size == 1:
+        raise UserError(
+            "algorithm.filter_groups=true with rollout.group_size=1: a group of one has equal "
+            "rewards always, and all would be dropped; expected a group_size of 2 or more"
+        )
     total = config.rollout.prompts_per_step * config.rollout.group_size
     updates = config.train.updates_per_step
     if total % updates:

@@ -92,6 +92,25 @@ class NestedConfig(Section):
     """Debug: compare a hash of every plan over all processes."""
 
 
+class ControllerConfig(Section):
+    """Steers how much is skipped; `nested` says where it begins."""
+
+    metric: Literal["none", "ess", "ess_seq", "kl", "ratio_p05"] = "none"
+    """`none` skips as `nested` says; else what is kept in bounds, per step, as it is logged."""
+    target: float | None = Field(default=None, gt=0)
+    """Worst value that is kept: least `ess`, `ess_seq` or `ratio_p05`, most `kl` in nats."""
+    hysteresis: float = Field(default=0.3, ge=0, lt=1)
+    """More is skipped only this share of the way from the target to on-policy, or closer."""
+    patience: int = Field(default=4, gt=0)
+    """Steps whose mean decides."""
+    max_wait: int = Field(default=64, gt=0)
+    """Most steps before a number that failed is tried again; the wait doubles with each failure."""
+    min_skipped: int = Field(default=0, ge=0)
+    """Fewest entries skipped, unless even they are too many: then none."""
+    max_skipped: int | None = Field(default=None, gt=0)
+    """Most entries skipped; left out: as many as `nested.border_layers` allows."""
+
+
 class RolloutConfig(Section):
     """Generation of completions."""
 
@@ -308,6 +327,13 @@ class CheckpointConfig(Section):
     """Write a Hugging Face directory at the end of the run."""
 
 
+class DiagnosticsConfig(Section):
+    """Measurements that cost time."""
+
+    split_every: int = Field(default=0, ge=0)
+    """Steps between splits of the ratio into engine, skip and staleness, two passes; 0 is off."""
+
+
 class LoggingConfig(Section):
     """What a run tells while it runs."""
 
@@ -334,6 +360,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     nested: NestedConfig = NestedConfig()
+    controller: ControllerConfig = ControllerConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -342,4 +369,5 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -59,8 +59,10 @@ def begin_checkpoint(
         snapshot: Whether training goes on while files are written.
 
     Raises:
-        RuntimeError: the policy is nested at the moment.
+        RuntimeError: the policy is nested at the moment, or holds other weights than its own.
     """
+    if policy.is_replaced:
+        raise RuntimeError("a checkpoint is saved while the reference is in the policy's place")
     if policy.plan.skipped:
         raise RuntimeError("a checkpoint is saved outside of `nested`: the policy is not whole")
     policy.sync_parameters()

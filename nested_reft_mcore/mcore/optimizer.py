@@ -35,6 +35,7 @@ class PolicyOptimizer:
 
     def __init__(self, policy: Policy, config: OptimizerConfig, num_steps: int) -> None:
         self.config = config
+        self._policy = policy
         config_of_model: Any = policy.transformer_config
         policy.ddp_chunks = [
             DistributedDataParallel(
@@ -85,8 +86,11 @@ class PolicyOptimizer:
     def step(self) -> StepOutcome:
         """Clip and apply the gradients, unless their norm is not finite; then advance the schedule.
 
-        The schedule advances in either case, so that it depends on the step alone.
+        The schedule advances in either case, so that it depends on the step alone. RuntimeError
+        while other weights are in the policy's place.
         """
+        if self._policy.is_replaced:
+            raise RuntimeError("an update while the reference is in the policy's place")
         lr = float(self.megatron.param_groups[0]["lr"]) if self.megatron.param_groups else 0.0
         found_inf = self.megatron.prepare_grads()
         norm = math.nan if found_inf else float(self.megatron.get_grad_norm())

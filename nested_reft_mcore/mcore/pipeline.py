@@ -15,6 +15,7 @@ from torch import Tensor
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.logprobs import token_logprobs
 from nested_reft_mcore.mcore.model import Policy
+from nested_reft_mcore.mcore.output_layer import hidden_states_out, output_weight
 from nested_reft_mcore.rollout.batch import TrainingBatch
 
 Value = TypeVar("Value")
@@ -27,9 +28,10 @@ class PassResult:
     """What a pass over this replica's batch gave."""
 
     logprobs: Tensor
-    """`[batch, seq]` float32 on the CPU, on every stage: of the labels, before the update."""
+    """`[batch, seq]` float32 on the CPU, on every stage: of the labels that the mask of responses
+    names, before the update; 0 elsewhere."""
     entropies: Tensor
-    """`[batch, seq]` float32 on the CPU, on every stage."""
+    """`[batch, seq]` float32 on the CPU, on every stage; 0 outside the mask."""
     outputs: list[Any]
     """What the loss function handed back for each micro-batch; empty but on the last stage."""
 
@@ -107,6 +109,7 @@ def run_batch(
     micro_batch_size: int,
     temperature: float,
     forward_only: bool = False,
+    logprob_chunk_tokens: int | None = None,
 ) -> PassResult:
     """Run Megatron's pipeline schedule over the micro-batches of `batch`.
 
@@ -125,13 +128,17 @@ def run_batch(
     micro_batches = _whole_schedule(batch, micro_batch_size, context)
     collected: list[tuple[Tensor, Tensor]] = []
 
-    def loss_of_logits(micro_batch: TrainingBatch, logits: Tensor) -> tuple[Any, ...]:
+    def loss_of(micro_batch: TrainingBatch, hidden: Tensor) -> tuple[Any, ...]:
         logprobs, entropies = token_logprobs(
-            logits,
+            hidden.transpose(0, 1),
+            output_weight(policy.chunks[-1]),
             micro_batch.labels,
+            micro_batch.response_mask,
             temperature=temperature,
             vocab_size=policy.architecture.vocab_size,
             tensor=context.tensor,
+            sequence_parallel=policy.transformer_config.sequence_parallel,
+            chunk_tokens=logprob_chunk_tokens,
         )
         collected.append((logprobs.detach(), entropies.detach()))
         loss_sum, num_tokens, output = loss(logprobs, entropies, micro_batch)
@@ -140,10 +147,10 @@ def run_batch(
     def forward_step(batches: Iterator[TrainingBatch], chunk: Any) -> tuple[Tensor, Any]:
         micro_batch = next(batches).to(context.device)
         output = chunk(micro_batch.tokens, micro_batch.position_ids, None)
-        return output, partial(loss_of_logits, micro_batch)
+        return output, partial(loss_of, micro_batch)
 
     modules = policy.modules
-    with torch.set_grad_enabled(not forward_only):
+    with torch.set_grad_enabled(not forward_only), hidden_states_out(policy.chunks):
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(micro_batches) for _ in modules],

@@ -77,6 +77,12 @@ class TrainingBatch:
             advantages=advantages.detach().to("cpu", torch.float32),
         )
 
+    def with_advantages(self, advantages: Float[Tensor, " batch"]) -> TrainingBatch:
+        """The same batch with these advantages; ValueError for another number of them."""
+        if advantages.shape != (len(self),):
+            raise ValueError(f"{len(self)} sequences but advantages {tuple(advantages.shape)}")
+        return replace(self, advantages=advantages.detach().to(self.tokens.device, torch.float32))
+
     def with_old_logprobs(self, old_logprobs: Float[Tensor, "batch seq"]) -> TrainingBatch:
         """The same batch with the target policy's log-probs; ValueError for another shape."""
         if old_logprobs.shape != self.tokens.shape:
@@ -84,6 +90,14 @@ class TrainingBatch:
                 f"old_logprobs {tuple(old_logprobs.shape)} for tokens {tuple(self.tokens.shape)}"
             )
         return replace(self, old_logprobs=old_logprobs.detach().float().to(self.tokens.device))
+
+    def with_ref_logprobs(self, ref_logprobs: Float[Tensor, "batch seq"]) -> TrainingBatch:
+        """The same batch with the reference's log-probs; ValueError for another shape."""
+        if ref_logprobs.shape != self.tokens.shape:
+            raise ValueError(
+                f"ref_logprobs {tuple(ref_logprobs.shape)} for tokens {tuple(self.tokens.shape)}"
+            )
+        return replace(self, ref_logprobs=ref_logprobs.detach().float().to(self.tokens.device))
 
     def without_responses(self, rows: Bool[Tensor, " batch"]) -> TrainingBatch:
         """The same batch in which the responses of these rows count for nothing."""

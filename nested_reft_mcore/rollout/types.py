@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -131,6 +132,39 @@ class RolloutStats:
     """Proposed tokens that verification kept."""
     draft_skip_ratio: float = 0.0
     """Share of the model that the draft plan leaves out."""
+
+    @classmethod
+    def total(cls, parts: Sequence[RolloutStats]) -> RolloutStats:
+        """Of several generations, one after the other, of the same model."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def added(name: str) -> tuple[int, ...]:
+            return tuple(
+                sum(column) for column in zip(*(getattr(p, name) for p in parts), strict=True)
+            )
+
+        seconds = sum(part.seconds for part in parts)
+        waited = zip(
+            *([s * part.seconds for s in part.waiting_shares] for part in parts), strict=True
+        )
+        return cls(
+            generated_tokens=sum(part.generated_tokens for part in parts),
+            seconds=seconds,
+            attention_executions=added("attention_executions"),
+            mlp_executions=added("mlp_executions"),
+            stage_of_layer=parts[0].stage_of_layer,
+            num_slots=max(part.num_slots for part in parts),
+            kv_cache_bytes=tuple(
+                max(c) for c in zip(*(part.kv_cache_bytes for part in parts), strict=True)
+            ),
+            waiting_shares=tuple(sum(column) / seconds for column in waited) if seconds else (),
+            prefilled_tokens=sum(part.prefilled_tokens for part in parts),
+            decoded_tokens=sum(part.decoded_tokens for part in parts),
+            drafted_tokens=sum(part.drafted_tokens for part in parts),
+            accepted_tokens=sum(part.accepted_tokens for part in parts),
+            draft_skip_ratio=max(part.draft_skip_ratio for part in parts),
+        )
 
     @property
     def accept_rate(self) -> float:

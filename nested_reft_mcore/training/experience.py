@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
@@ -22,17 +25,26 @@ from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.rollout.dump import load_rollouts
 from nested_reft_mcore.rollout.generation import GenerationInterrupted
 from nested_reft_mcore.rollout.types import RolloutBatch
+from nested_reft_mcore.training.dynamic_sampling import sample_dynamically
 from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.sampling import build_engine, training_sampling
+
+
+@dataclass(frozen=True)
+class Experience:
+    """This replica's share of a step's global batch, whole groups."""
+
+    rollouts: RolloutBatch
+    scores: Float32[Tensor, " batch"]
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of how it was collected; the same on every process."""
 
 
 class ExperienceSource(Protocol):
     """Gives this replica's share of a step's global batch."""
 
-    def collect(
-        self, step: int, plan: LayerSkipPlan, timers: Timers
-    ) -> tuple[RolloutBatch, Tensor]:
-        """Rollouts and their rewards `[batch]` float32, whole groups."""
+    def collect(self, step: int, plan: LayerSkipPlan, timers: Timers) -> Experience:
+        """The step's; every process calls it."""
         ...
 
     def state_dict(self) -> dict[str, int]:
@@ -75,10 +87,25 @@ class GeneratedExperience:
         self._engine.check_room(self._decoder, policy.plan, longest + config.rollout.max_new_tokens)
         self._stream = PromptStream(len(prompts), config.rollout.prompts_per_step, config.seed)
 
-    def collect(
-        self, step: int, plan: LayerSkipPlan, timers: Timers
+    def collect(self, step: int, plan: LayerSkipPlan, timers: Timers) -> Experience:
+        """Generate and judge, again where `algorithm.filter_groups` wants other groups."""
+        algorithm = self._config.algorithm
+        generate = partial(self._generate, step, plan, timers)
+        if not algorithm.filter_groups:
+            return Experience(*generate(0))
+        num_prompts = self._config.rollout.prompts_per_step
+        context = self._policy.context
+        return Experience(
+            *sample_dynamically(generate, num_prompts, algorithm.max_refills, context)
+        )
+
+    def _generate(
+        self, step: int, plan: LayerSkipPlan, timers: Timers, refill: int
     ) -> tuple[RolloutBatch, Tensor]:
-        """Generate under `plan`, or at full depth with drafts made under it, then judge."""
+        """This replica's share of the next prompts, under `plan` or drafted under it; and rewards.
+
+        Prompts of later refills have later places in the step, so nothing is drawn twice.
+        """
         data = self._policy.context.data
         batch = [self._prompts[index] for index in self._stream.next()]
         share = shard_range(len(batch), data.rank, data.size)
@@ -99,7 +126,7 @@ class GeneratedExperience:
                 training_sampling(self._config, self._tokenizer, step),
                 plan,
                 draft_plan=draft_plan,
-                first_prompt_index=share.start,
+                first_prompt_index=refill * len(batch) + share.start,
                 detokenize=self._tokenizer.decode,
                 interrupted=interrupted,
             )
@@ -128,14 +155,12 @@ class ReplayedExperience:
         self._prompts_per_step = config.rollout.prompts_per_step
         self._data = policy.context.data
 
-    def collect(
-        self, step: int, plan: LayerSkipPlan, timers: Timers
-    ) -> tuple[RolloutBatch, Tensor]:
+    def collect(self, step: int, plan: LayerSkipPlan, timers: Timers) -> Experience:
         """Read this replica's share of the step. UserError if it is not there."""
         share = shard_range(self._prompts_per_step, self._data.rank, self._data.size)
         with timers("gen"):
             rollouts, rewards = load_rollouts(self._directory, step, share)
-        return rollouts, torch.tensor(rewards, dtype=torch.float32)
+        return Experience(rollouts, torch.tensor(rewards, dtype=torch.float32))
 
     def state_dict(self) -> dict[str, int]:
         """Nothing: the step says which files to read."""

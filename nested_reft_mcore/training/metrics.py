@@ -23,7 +23,8 @@ def rollout_metrics(
     columns = {name: [v for replica in replicas for v in replica[name]] for name in replicas[0]}
     plan = rollouts.plan
     executed = [sum(passes) for passes in zip(*(r["layer_passes"] for r in replicas), strict=True)]
-    generated = sum(columns["response_length"])
+    # Of all generations of the step, those of groups that were not taken too.
+    generated = sum(columns["generated_tokens"])
     metrics = {
         **_spread("critic/score", columns["scores"]),
         **_spread("critic/rewards", columns["rewards"]),
@@ -66,6 +67,7 @@ def _columns(rollouts: RolloutBatch, scores: Tensor, rewards: Tensor) -> dict[st
         "is_clipped": [float(r.finish_reason == "length") for r in rollouts.rollouts],
         "is_nan": [float(r.finish_reason == "nan") for r in rollouts.rollouts],
         "seconds": [rollouts.stats.seconds],
+        "generated_tokens": [rollouts.stats.generated_tokens],
         "drafted": [rollouts.stats.drafted_tokens],
         "accepted": [rollouts.stats.accepted_tokens],
         "waiting_shares": list(rollouts.stats.waiting_shares),

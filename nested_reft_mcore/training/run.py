@@ -44,6 +44,7 @@ from nested_reft_mcore.training.policy_setup import (
     load_policy,
     load_policy_tokenizer,
 )
+from nested_reft_mcore.training.reference import ReferencePolicy
 from nested_reft_mcore.training.replicas import any_in_replica, any_process
 from nested_reft_mcore.training.saving import RunCheckpoints
 
@@ -62,8 +63,8 @@ class StopRequest(Exception):
 class RunState:
     """What a run counts; comes back with a checkpoint.
 
-    Every field is saved as JSON and restored by name: whatever else has to survive a restart, such
-    as the state of a controller, becomes a field here.
+    Every field is saved as JSON and restored by name, if the checkpoint is not older than it:
+    whatever else has to survive a restart becomes a field here.
     """
 
     step: int = 0
@@ -74,6 +75,8 @@ class RunState:
     """The latest of them, since the last update that was taken."""
     data: dict[str, Any] = field(default_factory=dict)
     """Position in the data."""
+    controller: dict[str, Any] = field(default_factory=dict)
+    """What the skip controller has learnt; empty where there is none."""
     owed: dict[str, float] | None = None
     """The step's metrics, while it is not evaluated and recorded yet although its updates are done.
     Before the first step: empty, while the evaluation before training is to come."""
@@ -103,8 +106,11 @@ class Run:
         optimizer: OptimizerConfig,
         num_steps: int,
         updates_per_step: int = 1,
+        keep_reference: bool = False,
     ) -> None:
         """Build policy and optimizer; go on from a checkpoint where `checkpoint.resume` says so.
+
+        `keep_reference` keeps the weights that `config.model` names, before any checkpoint.
 
         Raises:
             UserError: a file or directory is missing, broken or of another kind.
@@ -123,6 +129,7 @@ class Run:
             config.model, config.data.tokenizer_path, self.policy.architecture
         )
         self.optimizer = PolicyOptimizer(self.policy, optimizer, num_steps * updates_per_step)
+        self.reference = ReferencePolicy(self.policy) if keep_reference else None
         self._incarnation: Incarnation = on_main(self._take_over, context)
         self.checkpoints = RunCheckpoints(
             self.directory / "checkpoints",
@@ -331,7 +338,7 @@ class Run:
                 f"{checkpoint}: was saved by `{state.get('command')}`, this is `{self._command}`; "
                 "give the two run_dirs of their own; model.checkpoint starts from its weights"
             )
-        self.state = RunState(**{name: state[name] for name in vars(RunState())})
+        self.state = RunState(**{name: state[name] for name in vars(RunState()) if name in state})
         metrics = self.directory / METRICS_FILE
         if self.context.is_main and not metrics.exists():
             shutil.copyfile(checkpoint / METRICS_FILE, metrics)

@@ -19,8 +19,10 @@ from nested_reft_mcore.launch.faults import fault_point
 from nested_reft_mcore.launch.signals import StopSignals
 from nested_reft_mcore.mcore.hf_weights import export_hf_weights
 from nested_reft_mcore.mcore.model import Policy
+from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.dump import dump_rollouts
-from nested_reft_mcore.training.advantages import replica_advantages, shape_rewards
+from nested_reft_mcore.training.advantages import replica_advantages, shaped_rewards
+from nested_reft_mcore.training.dynamic_sampling import equal_groups
 from nested_reft_mcore.training.evaluation import Evaluator
 from nested_reft_mcore.training.experience import (
     ExperienceSource,
@@ -30,9 +32,11 @@ from nested_reft_mcore.training.experience import (
 from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.metrics import LAYER_PASSES, rollout_metrics
 from nested_reft_mcore.training.policy_setup import check_room, find_tokenizer
+from nested_reft_mcore.training.ratio_split import RatioSplit, explain_engine_noise
 from nested_reft_mcore.training.replicas import is_replica_writer
 from nested_reft_mcore.training.run import Run
-from nested_reft_mcore.training.update import Learner, mean_over_updates
+from nested_reft_mcore.training.steering import SkipSteering
+from nested_reft_mcore.training.update import Learner, UpdateResult, mean_over_updates
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +56,7 @@ def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
         optimizer=config.optimizer,
         num_steps=config.train.num_steps,
         updates_per_step=config.train.updates_per_step,
+        keep_reference=config.algorithm.kl_loss_coef > 0 or config.algorithm.kl_reward_coef > 0,
     )
     if config.checkpoint.export_hf:
         check_exportable(run.policy.architecture)
@@ -95,34 +100,50 @@ def _loop(
 ) -> None:
     """Generate, judge, update, and whatever else is due, step by step."""
     config, timers, state = run.config, run.timers, run.state
-    schedule = skip_schedule(config, run.policy)
+    steering = SkipSteering(config.controller, skip_schedule(config, run.policy), state.controller)
     layer_passes: Counter[str] = Counter()
-    learner = Learner(config, run.policy, run.optimizer, run.tokenizer.pad_token_id, timers)
+    learner = Learner(
+        config, run.policy, run.optimizer, run.reference, run.tokenizer.pad_token_id, timers
+    )
     if state.owed is not None:
         _conclude(run, evaluator, state.owed, "")
-    for step in range(state.step, config.train.num_steps):
+    first_step = state.step
+    for step in range(first_step, config.train.num_steps):
         run.check()
         with timers("step"):
-            plan = schedule.plan(step)
+            plan = steering.plan(step)
             if config.nested.check_plan_across_ranks:
                 check_plan_across_ranks(plan, run.context)
-            rollouts, scores = experience.collect(step, plan, timers)
-            rewards = shape_rewards(scores, rollouts, config.reward, config.rollout.max_new_tokens)
-            advantages = replica_advantages(
-                rewards, config.algorithm.advantage, rollouts.group_size, run.context
+            collected = experience.collect(step, plan, timers)
+            rollouts, scores = collected.rollouts, collected.scores
+            batch = learner.training_batch(rollouts)
+            rewards = shaped_rewards(scores, rollouts, batch, config)
+            batch = batch.with_advantages(
+                replica_advantages(
+                    rewards, config.algorithm.advantage, rollouts.group_size, run.context
+                )
             )
-            metrics = rollout_metrics(rollouts, scores, rewards, run.context)
-            batch = learner.training_batch(rollouts, advantages)
+            if config.algorithm.filter_groups:
+                # Where too few groups teach, others fill the batch up.
+                batch = batch.without_responses(equal_groups(scores, rollouts.group_size))
+            metrics = rollout_metrics(rollouts, scores, rewards, run.context) | collected.metrics
+            split = _split_ratio(run, learner, batch, rollouts.plan)
             updates = []
             for minibatch in batch.deal(config.train.updates_per_step):
                 updates.append(learner.update(minibatch))
                 state.count(updates[-1].applied, config.train.max_skipped_updates)
                 fault_point("mid-update", step, run.context.rank)
+            if step == first_step:
+                _check_engine_noise(run, rollouts.plan, updates[0])
             metrics |= mean_over_updates(updates) | judge.metrics()
+            if split is not None:
+                metrics |= split.metrics([update.logprobs for update in updates], run.context)
         # The weights have changed: from here on the step is done, whoever asks to stop.
         run.check(may_stop=False)
         if config.logging.dump_rollouts and is_replica_writer(run.context):
             dump_rollouts(run.directory, step, run.context.data.rank, rollouts, scores.tolist())
+        metrics |= steering.learn(metrics)
+        state.controller = steering.state_dict()
         state.step, state.data = step + 1, experience.state_dict()
         layer_passes.update({k: v for k, v in metrics.items() if k.startswith(LAYER_PASSES)})
         _conclude(run, evaluator, metrics, rollouts.plan.describe())
@@ -150,6 +171,27 @@ def _conclude(
     run.finish_step(metrics | evaluation, skipped)
     if run.is_due(config.checkpoint.interval):
         run.save()
+
+
+def _split_ratio(
+    run: Run, learner: Learner, batch: TrainingBatch, plan: LayerSkipPlan
+) -> RatioSplit | None:
+    """What `diagnostics.split_every` asks for, where it is due in the step under way."""
+    every = run.config.diagnostics.split_every
+    if every == 0 or run.state.step % every:
+        return None
+    with run.timers("diagnostics"):
+        return RatioSplit.measure(learner.logprobs, run.policy, batch, plan)
+
+
+def _check_engine_noise(run: Run, plan: LayerSkipPlan, first_update: UpdateResult) -> None:
+    """Warn where rollouts that have to be on-policy are not."""
+    k3_kl = first_update.metrics.get("rollout_corr/k3_kl", 0.0)
+    if plan.skipped or run.config.rollout.replay is not None or not run.context.is_main:
+        return
+    trouble = explain_engine_noise(k3_kl, run.config.model.dtype)
+    if trouble is not None:
+        _log.warning("%s", trouble)
 
 
 def skip_schedule(config: Config, policy: Policy) -> LayerSkipSchedule:

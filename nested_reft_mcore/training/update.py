@@ -23,6 +23,7 @@ from nested_reft_mcore.mcore.pipeline import broadcast_object, forward_logprobs,
 from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.types import RolloutBatch
+from nested_reft_mcore.training.reference import ReferencePolicy
 from nested_reft_mcore.training.replicas import gather_from_replicas
 
 
@@ -34,6 +35,8 @@ class UpdateResult:
     """False where the gradient was not finite and the weights stayed as they were."""
     metrics: dict[str, float]
     """Over the global mini-batch."""
+    logprobs: Tensor
+    """`[batch, seq]` float32 on the CPU: this replica's, of the labels, before the update."""
 
 
 def objective_settings(config: AlgorithmConfig, max_response_length: int) -> ObjectiveSettings:
@@ -73,23 +76,31 @@ class Learner:
         config: Config,
         policy: Policy,
         optimizer: PolicyOptimizer,
+        reference: ReferencePolicy | None,
         pad_token_id: int,
         timers: Timers,
     ) -> None:
-        self._settings = objective_settings(config.algorithm, config.rollout.max_new_tokens)
-        self._mask_truncated = config.algorithm.mask_truncated
+        algorithm = config.algorithm
+        self._settings = objective_settings(algorithm, config.rollout.max_new_tokens)
+        self._mask_truncated = algorithm.mask_truncated
+        self._needs_old_logprobs = self._settings.needs_old_logprobs or algorithm.kl_reward_coef > 0
         self._micro_batch_size = config.train.micro_batch_size
         self._temperature = config.rollout.temperature
         self._policy = policy
         self._optimizer = optimizer
+        self._reference = reference
         self._pad_token_id = pad_token_id
         self._timers = timers
 
-    def training_batch(self, rollouts: RolloutBatch, advantages: Tensor) -> TrainingBatch:
-        """The rollouts as tensors, with old log-probs if the objective compares with them."""
+    def training_batch(self, rollouts: RolloutBatch) -> TrainingBatch:
+        """The rollouts as tensors, advantages still 0, with the log-probs that are asked for.
+
+        Those are the old ones if the objective or a KL in the rewards compares with them, and the
+        reference's if there is one.
+        """
         batch = TrainingBatch.from_rollouts(
             rollouts.rollouts,
-            advantages,
+            torch.zeros(len(rollouts.rollouts)),
             self._pad_token_id,
             # Sequence parallelism cuts the sequence into equal parts.
             pad_to_multiple=self._policy.context.tensor.size,
@@ -97,17 +108,22 @@ class Learner:
         if self._mask_truncated:
             is_cut = [rollout.finish_reason == "length" for rollout in rollouts.rollouts]
             batch = batch.without_responses(torch.tensor(is_cut))
-        if not self._settings.needs_old_logprobs:
-            return batch
-        with self._timers("old_log_prob"):
-            return batch.with_old_logprobs(
-                forward_logprobs(
-                    self._policy,
-                    batch,
-                    micro_batch_size=self._micro_batch_size,
-                    temperature=self._temperature,
-                )
-            )
+        if self._needs_old_logprobs:
+            with self._timers("old_log_prob"):
+                batch = batch.with_old_logprobs(self.logprobs(batch))
+        if self._reference is not None:
+            with self._timers("ref"), self._reference.in_place():
+                batch = batch.with_ref_logprobs(self.logprobs(batch))
+        return batch
+
+    def logprobs(self, batch: TrainingBatch) -> Tensor:
+        """`[batch, seq]` float32 on the CPU: of the labels, under the policy as it stands."""
+        return forward_logprobs(
+            self._policy,
+            batch,
+            micro_batch_size=self._micro_batch_size,
+            temperature=self._temperature,
+        )
 
     def update(self, batch: TrainingBatch) -> UpdateResult:
         """Take one step on `batch`, this replica's share of the global mini-batch.
@@ -128,7 +144,7 @@ class Learner:
         metrics = _global_metrics(result.outputs, self._policy.context)
         metrics["actor/grad_norm"] = outcome.grad_norm
         metrics["actor/lr"] = outcome.lr
-        return UpdateResult(outcome.applied, metrics)
+        return UpdateResult(outcome.applied, metrics, result.logprobs)
 
 
 def mean_over_updates(updates: Sequence[UpdateResult]) -> dict[str, float]:

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from model_cases import VOCAB_SIZE, architecture, build
+from score_cases import compare_scores
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import (
@@ -25,6 +27,7 @@ from nested_reft_mcore.config.schema import (
 )
 from nested_reft_mcore.data.stream import shard_range
 from nested_reft_mcore.launch.context import ParallelContext, RankInfo
+from nested_reft_mcore.mcore.checkpoint import save_weights
 from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
 from nested_reft_mcore.mcore.model import Policy
@@ -39,6 +42,7 @@ from nested_reft_mcore.rollout.types import (
     RolloutStats,
     SamplingParams,
 )
+from nested_reft_mcore.training.reference import ReferencePolicy
 from nested_reft_mcore.training.trainer import check_plan_across_ranks, skip_schedule
 from nested_reft_mcore.training.update import Learner, UpdateResult
 
@@ -89,7 +93,7 @@ def configuration(
 
 
 def learner_of(policy: Policy, optimizer: PolicyOptimizer, config: Config) -> Learner:
-    return Learner(config, policy, optimizer, 0, Timers())
+    return Learner(config, policy, optimizer, None, 0, Timers())
 
 
 def given_rollouts(context: ParallelContext) -> tuple[RolloutBatch, torch.Tensor]:
@@ -140,11 +144,13 @@ def sampled_rollouts(
 
 
 def measure_layouts(ranks: RankInfo, layouts: dict[str, dict[str, Any]]) -> dict[str, Measured]:
-    """What `measure` finds in each layout."""
+    """What `measure` finds in each layout, and errors of scores with all processes as shards."""
     found = {}
     for name, options in layouts.items():
         with layout(ranks, options) as (parallel, context):
             found[name] = measure(parallel, context)
+    with layout(ranks, {"tensor_model_parallel_size": ranks.world_size}) as (_, context):
+        found["scores"] = compare_scores(context.tensor)
     shutdown()
     return found
 
@@ -160,7 +166,9 @@ def measure(parallel: ParallelConfig, context: ParallelContext) -> Measured:
     learner = learner_of(policy, optimizer, configuration())
     rollouts = sampled_rollouts(policy, PolicyDecoder(policy), LayerSkipPlan.full(8))
     advantages = torch.linspace(-1, 1, len(rollouts.rollouts))
-    found["on policy"] = learner.update(learner.training_batch(rollouts, advantages)).metrics
+    found["on policy"] = learner.update(
+        learner.training_batch(rollouts).with_advantages(advantages)
+    ).metrics
     schedule = skip_schedule(configuration(), policy)
     found["plans"] = [schedule.plan(step).digest() for step in range(20)]
     return found
@@ -176,7 +184,8 @@ def variants(context: ParallelContext) -> list[tuple[str, str, int]]:
 
 def two_updates(learner: Learner, context: ParallelContext) -> list[dict[str, float]]:
     """Metrics of the two mini-batches of a step."""
-    batch = learner.training_batch(*given_rollouts(context))
+    rollouts, advantages = given_rollouts(context)
+    batch = learner.training_batch(rollouts).with_advantages(advantages)
     updates = [learner.update(minibatch) for minibatch in batch.deal(2)]
     assert all(update.applied for update in updates)
     return [update.metrics for update in updates]
@@ -209,7 +218,9 @@ def overlapped_twins(ranks: RankInfo) -> list[Any]:
                 # The same draws each time: what changes is the policy.
                 rollouts = sampled_rollouts(policy, decoder, plan)
                 advantages = torch.linspace(-1, 1, len(rollouts.rollouts))
-                update = learner.update(learner.training_batch(rollouts, advantages))
+                update = learner.update(
+                    learner.training_batch(rollouts).with_advantages(advantages)
+                )
                 rows = [(r.token_ids, r.behavior_logprobs) for r in rollouts.rollouts]
                 steps.append((rows, update.metrics))
             found.append(steps)
@@ -237,7 +248,7 @@ def _broken_update(
     for is_broken in (True, False):
         policy, optimizer = build(parallel, context, optimizer=config)
         learner = learner_of(policy, optimizer, configuration())
-        batch = learner.training_batch(rollouts, advantages)
+        batch = learner.training_batch(rollouts).with_advantages(advantages)
         history = [learner.update(batch)]
         before = _weights(policy)
         if is_broken:
@@ -297,8 +308,61 @@ def two_process_checks(ranks: RankInfo) -> dict[str, Any]:
         "broken on two replicas": skip_a_broken_update(ranks, {}),
         "broken on two stages": skip_a_broken_update(ranks, {"pipeline_model_parallel_size": 2}),
         "padding": padding_at_two(ranks),
+        "reference": {
+            "replicas": reference_policy(ranks, {}),
+            "stages": reference_policy(ranks, {"pipeline_model_parallel_size": 2}),
+            "shards": reference_policy(ranks, {"tensor_model_parallel_size": 2}),
+        },
     }
     shutdown()
+    return found
+
+
+def reference_policy(ranks: RankInfo, options: dict[str, Any]) -> dict[str, dict[str, bool]]:
+    """What a policy that has moved on does while the one it began as takes its place."""
+    found = {}
+    for optimizer_name, optimizer_options in (("replicated", {}), ("overlapped", OVERLAPPED)):
+        with layout(ranks, options) as (parallel, context):
+            config = OptimizerConfig(lr=1e-2, **optimizer_options)
+            policy, optimizer = build(parallel, context, optimizer=config)
+            found[optimizer_name] = _reference_policy(policy, optimizer, context)
+    return found
+
+
+def _reference_policy(
+    policy: Policy, optimizer: PolicyOptimizer, context: ParallelContext
+) -> dict[str, bool]:
+    learner = learner_of(policy, optimizer, configuration())
+    rollouts, advantages = given_rollouts(context)
+    batch = learner.training_batch(rollouts).with_advantages(advantages)
+    reference = ReferencePolicy(policy)
+    initial, at_first = _weights(policy), learner.logprobs(batch)
+    found = {}
+    for _ in range(2):
+        learner.update(batch)
+    with reference.in_place():
+        ref_logprobs = learner.logprobs(batch)
+        found["reference weights"] = _equal(_weights(policy), initial)
+    moved = learner.logprobs(batch)
+    found["reference log-probs"] = torch.equal(ref_logprobs, at_first)
+    found["moved"] = bool(((moved - at_first)[batch.response_mask].abs() > 1e-3).any())
+    before = _weights(policy)
+    refusals = {
+        "update": lambda: learner.update(batch),
+        "save": lambda: save_weights(policy, Path("nowhere")),
+        "twice": lambda: reference.in_place().__enter__(),
+    }
+    for name, attempt in refusals.items():
+        # Whatever goes wrong inside, the policy is itself again.
+        try:
+            with reference.in_place():
+                attempt()
+        except RuntimeError as error:
+            found[f"refuses {name}"] = "reference" in str(error)
+    found["restored"] = _equal(_weights(policy), before)
+    found["still learns"] = learner.update(batch).applied
+    with reference.in_place():
+        found["again"] = torch.equal(learner.logprobs(batch), at_first)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,17 @@ pytestmark = pytest.mark.distributed
 
 NUM_STEPS = 8
 WARM = "model={checkpoint: sft/checkpoints}"
+# The run that is killed, resumed and replayed: in it everything moves that has a state.
+# A KL between that of two layers and that of four, and no patience: the controller goes to and fro.
+STEERED = (
+    "controller={metric: kl, target: 0.006, patience: 1, max_wait: 2}",
+    "diagnostics.split_every=2",
+)
+# Groups of eight with a mixed outcome are rare enough to ask for more prompts.
+FILTERED = "algorithm={objective: ppo_clip, correction: retrace, clip_ratio_low: 0.05, \
+filter_groups: true, max_refills: 1, kl_loss_coef: 0.1}"
 SFT = ("sft", "config.yaml", "data.train_path=task/sft.jsonl", PIPELINE, "checkpoint.interval=40")
-# verl's names where the meaning is the same (perf/mfu, kl_skip, kl_engine and kl_stale belong to
-# what is not built yet).
+# verl's names where the meaning is the same (perf/mfu belongs to what is not built yet).
 METRICS = (
     *("critic/rewards/mean", "response_length/mean", "response_length/clip_ratio"),
     *("actor/entropy", "actor/pg_loss", "actor/ppo_kl", "actor/pg_clipfrac"),
@@ -42,7 +51,13 @@ METRICS = (
     *("rollout_corr/rollout_is_mean", "rollout_corr/rollout_is_max"),
     *("rollout_corr/rollout_is_eff_sample_size", "perf/throughput", "perf/time_per_step"),
     *("timing_s/gen", "timing_s/reward", "timing_s/old_log_prob", "timing_s/update_actor"),
-    *("timing_s/step", "nested/skip_ratio", "nested/num_skipped", "nested/stage_imbalance"),
+    *(
+        "timing_s/ref",
+        "timing_s/step",
+        "nested/skip_ratio",
+        "nested/num_skipped",
+        "nested/stage_imbalance",
+    ),
     *("nested/ratio_p05", "nested/ess"),
 )
 EVALUATION = tuple(
@@ -68,7 +83,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(room: Path) -> Path:
     """The run that nothing interrupts, on two pipeline stages."""
-    run(room, *train("whole", PIPELINE, "checkpoint.export_hf=true"))
+    run(room, *train("whole", PIPELINE, *STEERED, FILTERED, "checkpoint.export_hf=true"))
     return room / "whole"
 
 
@@ -87,7 +102,8 @@ def test_warm_up_learns_and_goes_on_from_a_path(room: Path) -> None:
 
 def test_run_directory_tells_what_was_run(room: Path, whole: Path) -> None:
     assert load_config(whole / "config.yaml", []) == load_config(
-        room / "config.yaml", [*train("whole", PIPELINE, "checkpoint.export_hf=true")[2:]]
+        room / "config.yaml",
+        [*train("whole", PIPELINE, *STEERED, FILTERED, "checkpoint.export_hf=true")[2:]],
     )
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["world_size"] == 2
@@ -115,7 +131,6 @@ def test_metrics_have_the_names_of_the_vocabulary(whole: Path) -> None:
     assert list(by_step) == list(range(1, NUM_STEPS + 1))
     for line in by_step.values():
         assert set(METRICS) <= line.keys()
-        assert line["nested/num_skipped"] == 2
         assert line["nested/stage_imbalance"] == 1
     # Evaluation before the first step and every second one; a save is timed after its line.
     assert set(EVALUATION) <= lines[0].keys()
@@ -131,7 +146,32 @@ def test_metrics_have_the_names_of_the_vocabulary(whole: Path) -> None:
     # The run is worth comparing with: something was learned from, and off-policy.
     assert sum(line["actor/grad_norm"] > 1e-3 for line in by_step.values()) > NUM_STEPS // 2
     assert any(line["actor/pg_clipfrac"] > 0 for line in by_step.values())
-    assert all(line["rollout_corr/k3_kl"] > 1e-6 for line in by_step.values())
+    for line in by_step.values():
+        assert (line["rollout_corr/k3_kl"] > 1e-6) == (line["nested/num_skipped"] > 0)
+
+
+def test_the_controller_moves_what_is_skipped(whole: Path) -> None:
+    lines = _updates(whole)
+    skipped = [line["nested/num_skipped"] for line in lines]
+    assert skipped[0] == 2
+    # Nothing in between makes two stages faster.
+    assert set(skipped) == {0, 2, 4}
+    assert sum(one != other for one, other in pairwise(skipped)) > 2
+    for line, following in pairwise(lines):
+        assert line["controller/off_policyness"] == max(0.0, line["rollout_corr/kl"])
+        assert line["controller/next_num_skipped"] == following["nested/num_skipped"]
+
+
+def test_the_ratio_is_split_every_second_step(whole: Path) -> None:
+    split = {line["step"]: line for line in metrics_of(whole) if "nested/kl_skip" in line}
+    assert list(split) == [1, 3, 5, 7]
+    for line in split.values():
+        # The ratio of decoupled PPO is old over behavior: staleness is beside it.
+        parts = line["nested/kl_engine"] + line["nested/kl_skip"]
+        assert parts == pytest.approx(line["rollout_corr/kl"], abs=1e-6)
+        assert line["nested/kl_stale"] == pytest.approx(line["actor/ppo_kl"], abs=1e-6)
+        assert abs(line["nested/kl_engine"]) < 1e-5
+        assert 0 < line["timing_s/diagnostics"] < line["timing_s/step"]
 
 
 def test_tensorboard_holds_the_same_numbers(whole: Path) -> None:
@@ -163,15 +203,15 @@ def test_rollouts_are_dumped_with_their_record(room: Path, whole: Path) -> None:
         # Metrics count finished steps, files the running one.
         mean = sum(line["reward"] for line in lines) / 32
         assert by_step[step + 1]["critic/rewards/mean"] == pytest.approx(mean)
-    assert plans <= {"1,3", "1,4", "2,3", "2,4"}
-    assert len(plans) > 1
+    assert plans <= {"none", "1,3", "1,4", "2,3", "2,4", "1,2,3,4"}
+    assert len(plans) > 2
 
 
 def test_killed_and_resumed_equals_uninterrupted(room: Path, whole: Path) -> None:
     """SIGTERM, then SIGKILL after a checkpoint; what is left to do is told by the last start."""
     directory = room / "killed"
     # More steps than are ever reached: the kill can't come too late.
-    endless = start(room, *train("killed", PIPELINE, "train.num_steps=1000"))
+    endless = start(room, *train("killed", PIPELINE, *STEERED, FILTERED, "train.num_steps=1000"))
     wait_until(endless, lambda: _last_step(directory) >= 1)
     endless.send_signal(signal.SIGTERM)
     code, _, err = finish(endless)
@@ -180,7 +220,7 @@ def test_killed_and_resumed_equals_uninterrupted(room: Path, whole: Path) -> Non
     assert (directory / "requeue").read_text() == f"step {stopped_at}\n"
     assert _last_step(directory) == stopped_at < NUM_STEPS
 
-    endless = start(room, *train("killed", PIPELINE, "train.num_steps=1000"))
+    endless = start(room, *train("killed", PIPELINE, *STEERED, FILTERED, "train.num_steps=1000"))
     wait_until(
         endless,
         lambda: stopped_at < _checkpoint_step(directory) < _last_step(directory),
@@ -190,7 +230,7 @@ def test_killed_and_resumed_equals_uninterrupted(room: Path, whole: Path) -> Non
     assert not (directory / "requeue").exists()
     assert stopped_at < _checkpoint_step(directory) < NUM_STEPS
 
-    run(room, *train("killed", PIPELINE))
+    run(room, *train("killed", PIPELINE, *STEERED, FILTERED))
     expected, found = without_times(metrics_of(whole)), without_times(metrics_of(directory))
     assert len(found) == len(expected)
     for line, other in zip(found, expected, strict=True):
@@ -210,7 +250,7 @@ def _checkpoint_step(directory: Path) -> int:
 
 
 def test_replay_repeats_updates_without_generating(room: Path, whole: Path) -> None:
-    arguments = ("rollout.replay=whole", "data.train_path=null", "train.num_steps=3")
+    arguments = ("rollout.replay=whole", "data.train_path=null", "train.num_steps=3", FILTERED)
     run(room, *train("replayed", PIPELINE, *arguments))
     original = {line["step"]: line for line in metrics_of(whole) if "actor/pg_loss" in line}
     lines = [line for line in metrics_of(room / "replayed") if "actor/pg_loss" in line]
@@ -225,7 +265,8 @@ def test_replay_repeats_updates_without_generating(room: Path, whole: Path) -> N
 
 def test_speculative_rollouts_are_on_policy(room: Path) -> None:
     """Drafted with layers skipped, and still the full policy's own, whose log-probs they carry."""
-    run(room, *train("lossless", PIPELINE, "train.num_steps=2", "rollout.mode=speculative"))
+    arguments = (PIPELINE, "train.num_steps=2", "rollout.mode=speculative")
+    _, log = run(room, *train("lossless", *arguments))
     for line in _updates(room / "lossless"):
         assert 0 < line["nested/accept_rate"] <= 1
         assert line["nested/draft_skip_ratio"] > 0
@@ -234,15 +275,20 @@ def test_speculative_rollouts_are_on_policy(room: Path) -> None:
     first = _updates(room / "lossless")[0]
     assert abs(first["rollout_corr/kl"]) < 1e-5
     assert first["nested/ess"] == pytest.approx(1.0, abs=1e-4)
+    assert "rollout_corr/k3_kl" not in log
 
 
 def test_replicas_change_nothing(room: Path) -> None:
     """One process, and two replicas with everything distributed and overlapped."""
-    steps = "train.num_steps=3"
-    run(room, *train("single", steps))
+    algorithm = "algorithm={objective: ppo_clip, bypass_mode: true, clip_ratio_low: 0.05, \
+filter_groups: true, max_refills: 1}"
+    # Groups of four: in one step too few of two generations teach.
+    filtered = (algorithm, "rollout.group_size=4")
+    steps = ("train.num_steps=3", "diagnostics.split_every=1", *filtered)
+    run(room, *train("single", *steps))
     distributed = "optimizer.use_distributed_optimizer=true"
     overlaps = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
-    run(room, *train("replicas", steps, "parallel.data_parallel_size=2", distributed, *overlaps))
+    run(room, *train("replicas", *steps, "parallel.data_parallel_size=2", distributed, *overlaps))
     single, replicas = _updates(room / "single"), _updates(room / "replicas")
     assert [line["step"] for line in replicas] == [1, 2, 3]
     for line, other in zip(replicas, single, strict=True):
@@ -251,6 +297,20 @@ def test_replicas_change_nothing(room: Path) -> None:
             # Passes are counted on one replica.
             if not key.startswith("nested/layer_passes"):
                 assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7), key
+    assert {line["rollout/num_refills"] for line in single} == {1}
+    assert {line["rollout/num_filled_groups"] for line in single} == {0, 1}
+    for step, line in enumerate(single):
+        rewards = [reward for _, _, _, reward, *_ in _rollouts(room / "single", step)]
+        equal = [len(set(rewards[i : i + 4])) == 1 for i in range(0, 16, 4)]
+        assert sum(equal) == line["rollout/num_filled_groups"]
+        # Tokens that were generated, not only those that are learnt from.
+        lengths = [len(tokens) for _, _, tokens, *_ in _rollouts(room / "single", step)]
+        assert line["perf/generated_tokens"] > sum(lengths)
+    for line in single:
+        # Two updates a step: the second one's policy is not the one that generated.
+        assert abs(line["nested/kl_stale"]) > 1e-4
+        parts = [line[f"nested/kl_{name}"] for name in ("engine", "skip", "stale")]
+        assert sum(parts) == pytest.approx(line["rollout_corr/kl"], abs=1e-6)
     for step in range(3):
         assert _rollouts(room / "replicas", step) == _rollouts(room / "single", step)
     assert len(list((room / "replicas" / "rollouts").glob("step_000000.*"))) == 2
