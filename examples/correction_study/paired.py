@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ def paired_interval(
     return Interval(mean, mean - half, mean + half, len(differences))
 
 
+@functools.cache
 def t_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t with `degrees` >= 1 degrees of freedom, to about 1e-9.
 

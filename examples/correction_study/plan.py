@@ -17,6 +17,9 @@ WARM_UP = "warm_up"
 OUTCOME_FILE = "outcome.json"
 """Written into a run's directory when its process has ended, and not before."""
 
+EVALUATION_FILE = "accuracy.json"
+"""In a run's directory: the accuracies of its final policy, where they are measured apart."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -31,6 +34,8 @@ class Setup:
     """Options of the warm-up beside the common ones."""
     training: dict[str, Any]
     """Options of every reinforcement run beside the common ones."""
+    evaluation: dict[str, Any] | None
+    """Options of an evaluation by a process of its own, at the end; None: training does it."""
     warm_up_of: str
     """Setup whose warm-ups these runs start from, most often itself."""
 
@@ -103,6 +108,7 @@ def _setup(path: Path, text: dict[str, Any], name: str) -> Setup:
             **entry.get("model", {}),
             **entry.get("training", {}),
         },
+        evaluation=entry.get("evaluation"),
         warm_up_of=entry.get("warm_up_of", name),
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import Study, StudyRun, read_outcome, state_of
+from plan import EVALUATION_FILE, Study, StudyRun, read_outcome, state_of
 
 from nested_reft_mcore.observability.environment import ENVIRONMENT_FILE
 from nested_reft_mcore.observability.tracking import read_metrics
@@ -73,6 +73,10 @@ def row_of(run: StudyRun, directory: Path) -> dict[str, Any]:
     lines = read_metrics(directory)
     steps = [line for line in lines if CURVES["reward"] in line]
     evaluations = [evaluation_of(line) for line in lines if GREEDY in line]
+    apart = directory / EVALUATION_FILE
+    if apart.is_file():
+        metrics = json.loads(apart.read_text(encoding="utf-8"))
+        evaluations.append(evaluation_of({"step": len(steps), **metrics}))
     if not steps or not evaluations:
         raise ValueError(f"{directory}: no steps or no evaluation in its metrics")
     row: dict[str, Any] = {

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from plan import OUTCOME_FILE, Setup, StudyRun, state_of
+from plan import EVALUATION_FILE, OUTCOME_FILE, Setup, StudyRun, state_of
 
 MAKE_TASK = Path(__file__).resolve().parents[1] / "cpu_demo" / "make_task.py"
 OUTPUT_FILE = "output.txt"
@@ -25,15 +26,28 @@ class _Running:
     run: StudyRun
     process: subprocess.Popen[bytes]
     started: float
+    commands: list[list[str]]
+    """What is to follow this process."""
+    cpu_seconds: float = 0.0
+    """Of the processes before this one."""
 
 
 class Runner:
     """Takes runs in their order, leaves out those that are done, and records how each ended."""
 
     def __init__(
-        self, root: Path, jobs: int, say: Callable[[str], None], deadline: float | None = None
+        self,
+        root: Path,
+        jobs: int,
+        say: Callable[[str], None],
+        deadline: float | None = None,
+        commands: Callable[[StudyRun, Path], list[list[str]]] | None = None,
     ) -> None:
-        """`deadline`: value of time.time() after which nothing is started any more."""
+        """`deadline`: value of time.time() after which nothing is started any more.
+
+        `commands` gives the command lines of a run below a root; left out: `nested-reft`'s.
+        """
+        self._commands = commands or commands_of
         self._root = root
         self._jobs = jobs
         self._say = say
@@ -85,46 +99,57 @@ class Runner:
         directory = self._root / run.name
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        task = make_task(run.setup, self._root)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        with (directory / OUTPUT_FILE).open("wb") as output:
-            process = subprocess.Popen(
-                command(run, self._root, task),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        first, *commands = self._commands(run, self._root)
         self._say(f"started  {run.name}")
-        return _Running(run, process, time.time())
+        return _Running(run, _open(first, directory), time.time(), commands)
 
     def _reap(self) -> None:
-        """Record the processes that have ended. The time of their processors is theirs alone."""
+        """Go on where a process has ended: with the run's next command, or with its outcome."""
         for running in list(self._running):
+            # The processor time of this one process and those that it waited for.
             pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
             if pid == 0:
                 continue
-            exit_code = os.waitstatus_to_exitcode(status)
-            running.process.returncode = exit_code
+            exit_code = running.process.returncode = os.waitstatus_to_exitcode(status)
+            running.cpu_seconds += usage.ru_utime + usage.ru_stime
+            if exit_code == 0 and running.commands:
+                directory = self._root / running.run.name
+                running.process = _open(running.commands.pop(0), directory)
+                continue
             self._running.remove(running)
-            run, seconds = running.run, time.time() - running.started
-            outcome = {
-                "exit_code": exit_code,
-                "options": run.options,
-                "seconds": round(seconds, 1),
-                "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-            }
-            directory = self._root / run.name
-            if exit_code == 0 and run.start is not None:
-                shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-            text = json.dumps(outcome, indent=1)
-            aside = directory / f".{OUTCOME_FILE}"
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(directory / OUTCOME_FILE)
-            if exit_code == 0:
-                self._say(f"finished {run.name}  {seconds:.0f} s")
-            else:
-                self._call_broken(run)
+            self._record(running, exit_code)
+
+    def _record(self, running: _Running, exit_code: int) -> None:
+        run, seconds = running.run, time.time() - running.started
+        outcome = {
+            "exit_code": exit_code,
+            "options": run.options,
+            "seconds": round(seconds, 1),
+            "cpu_seconds": round(running.cpu_seconds, 1),
+        }
+        directory = self._root / run.name
+        if exit_code == 0 and run.start is not None:
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        aside = directory / f".{OUTCOME_FILE}"
+        aside.write_text(json.dumps(outcome, indent=1), encoding="utf-8")
+        aside.replace(directory / OUTCOME_FILE)
+        if exit_code == 0:
+            self._say(f"finished {run.name}  {seconds:.0f} s")
+        else:
+            self._call_broken(run)
+
+
+def _open(words: list[str], directory: Path) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, so that nothing of it is left when it is stopped."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with (directory / OUTPUT_FILE).open("ab") as output:
+        return subprocess.Popen(
+            words,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def make_task(setup: Setup, root: Path) -> Path:
@@ -136,17 +161,30 @@ def make_task(setup: Setup, root: Path) -> Path:
     return directory
 
 
-def command(run: StudyRun, root: Path, task: Path) -> list[str]:
-    """The command line of a run, `nested-reft sft` or `train`."""
+def commands_of(run: StudyRun, root: Path) -> list[list[str]]:
+    """The command lines of a run: `nested-reft sft` or `train`, and `evaluate` if it is apart."""
+    directory, task = root / run.name, make_task(run.setup, root)
     files = {
-        "run_dir": str(root / run.name),
+        "run_dir": str(directory),
         "seed": run.seed,
         "data.tokenizer_path": str(task / "tokenizer.model"),
         "data.train_path": str(task / ("sft.jsonl" if run.start is None else "train.jsonl")),
         "data.eval_path": str(task / "eval.jsonl"),
     }
-    words = [sys.executable, "-m", "nested_reft_mcore", "sft" if run.start is None else "train"]
-    if run.start is not None:
-        words += ["--checkpoint", str(root / run.start / "checkpoints")]
-    options = {**files, **run.options}
-    return [*words, str(run.setup.config), *(f"{k}={json.dumps(v)}" for k, v in options.items())]
+    config = str(run.setup.config)
+    options = _words({**files, **run.options})
+    if run.start is None:
+        commands = [["sft", config, *options]]
+    else:
+        start = ["--checkpoint", str(root / run.start / "checkpoints")]
+        commands = [["train", config, *start, *options]]
+    if run.setup.evaluation is not None:
+        end = ["--checkpoint", str(directory / "checkpoints")]
+        apart = _words({**files, **run.options, **run.setup.evaluation})
+        output = ["--output", str(directory / EVALUATION_FILE)]
+        commands.append(["evaluate", config, *end, *output, *apart])
+    return [[sys.executable, "-m", "nested_reft_mcore", *words] for words in commands]
+
+
+def _words(options: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in options.items()]
