@@ -36,7 +36,9 @@ WINDOW = 7
 
 def main() -> None:
     """Print and write everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Tables and figures of the study, from the collected results alone."
+    )
     parser.add_argument("--results", type=Path, default=RESULTS_DIRECTORY)
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     parser.add_argument("--versus", default=REFERENCE, help="arm that the others are compared with")

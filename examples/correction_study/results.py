@@ -50,7 +50,7 @@ def collect(study: Study, root: Path, output: Path) -> dict[Path, int]:
     for run in runs:
         path = output / f"{run.setup.name}.jsonl"
         rows = files.setdefault(path, {row["name"]: row for row in read_rows(path)})
-        rows[run.name] = row_of(run, root / run.name)
+        rows[run.name] = row_of(run, root)
     for path, rows in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(rows[name]) + "\n" for name in sorted(rows))
@@ -65,18 +65,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def row_of(run: StudyRun, directory: Path) -> dict[str, Any]:
+def row_of(run: StudyRun, root: Path) -> dict[str, Any]:
     """A finished run in one record. ValueError if its metrics hold no step or no evaluation."""
+    directory = root / run.name
     outcome = read_outcome(directory)
     assert outcome is not None, "only finished runs are collected"
     environment = json.loads((directory / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     lines = read_metrics(directory)
     steps = [line for line in lines if CURVES["reward"] in line]
     evaluations = [evaluation_of(line) for line in lines if GREEDY in line]
-    apart = directory / EVALUATION_FILE
-    if apart.is_file():
-        metrics = json.loads(apart.read_text(encoding="utf-8"))
-        evaluations.append(evaluation_of({"step": len(steps), **metrics}))
+    for step, name in ((0, run.start), (len(steps), run.name)):
+        apart = root / str(name) / EVALUATION_FILE
+        if apart.is_file():
+            metrics = json.loads(apart.read_text(encoding="utf-8"))
+            evaluations.append(evaluation_of({"step": step, **metrics}))
     if not steps or not evaluations:
         raise ValueError(f"{directory}: no steps or no evaluation in its metrics")
     row: dict[str, Any] = {

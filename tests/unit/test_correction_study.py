@@ -1,6 +1,5 @@
 """examples/correction_study: paired intervals, and which runs are done, repeated or named."""
 
-import json
 import math
 import random
 import sys
@@ -208,17 +207,13 @@ def row(arm, seed, accuracy):
     numbers = dict.fromkeys(
         ("tokens_per_second", "seconds_per_step", "seconds_generating", "cpu_seconds"), 1.0
     )
-    curves = dict.fromkeys(("reward", "kl", "ess", "num_skipped"), [0.5, 0.5])
+    curves = {key: [0.5, 0.5] for key in ("reward", "kl", "ess", "num_skipped")}
     evaluations = [{"greedy": accuracy, "sampled": accuracy}]
-    return json.loads(
-        json.dumps(
-            {
-                "arm": arm,
-                "seed": seed,
-                "evaluations": evaluations,
-                "curves": curves,
-                "response_length": 3.0,
-                **numbers,
-            }
-        )
-    )
+    return {
+        "arm": arm,
+        "seed": seed,
+        "evaluations": evaluations,
+        "curves": curves,
+        "response_length": 3.0,
+        **numbers,
+    }
