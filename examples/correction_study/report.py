@@ -20,6 +20,7 @@ from paired import Interval, mean_and_deviation, paired_interval
 from plan import REFERENCE
 from results import RESULTS_DIRECTORY, read_rows
 
+DESCRIPTION = "Tables and figures of the study, from the collected results alone."
 Rows = dict[int, dict[str, Any]]
 """The runs of an arm, by seed."""
 LAST_STEPS = 10
@@ -36,9 +37,7 @@ WINDOW = 7
 
 def main() -> None:
     """Print and write everything."""
-    parser = argparse.ArgumentParser(
-        description="Tables and figures of the study, from the collected results alone."
-    )
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
     parser.add_argument("--results", type=Path, default=RESULTS_DIRECTORY)
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     parser.add_argument("--versus", default=REFERENCE, help="arm that the others are compared with")

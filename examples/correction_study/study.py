@@ -20,14 +20,13 @@ from plan import Study, load_study, state_of
 from results import RESULTS_DIRECTORY, collect
 from runner import Runner
 
+DESCRIPTION = "Run the study of corrections, see how far it is, collect its results."
 STUDY_FILE = Path(__file__).with_name("study.yaml")
 
 
 def main() -> int:
     """Do what the command line asks for. Returns 1 if a run is broken."""
-    parser = argparse.ArgumentParser(
-        description="Run the study of corrections, see how far it is, collect its results."
-    )
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
     parser.add_argument("action", choices=["run", "status", "collect"])
     parser.add_argument("--root", type=Path, default=Path("runs/correction_study"))
     parser.add_argument("--study", type=Path, default=STUDY_FILE)

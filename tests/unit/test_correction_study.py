@@ -1,7 +1,9 @@
 """examples/correction_study: paired intervals, and which runs are done, repeated or named."""
 
+import json
 import math
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,6 +95,27 @@ def test_study_file_with_a_wrong_name_is_refused(tmp_path):
         load_study(file)
     with pytest.raises(ValueError, match="no grid 'x'; expected one of main"):
         load_study(EXAMPLE / "study.yaml", ["x"])
+
+
+def test_long_stories_copy_every_change_before_its_value(tmp_path):
+    options = ["--num-operations", "10", "--copy", "--direct-share", "0", "--num-eval", "0"]
+    sizes = ["--num-train", "0", "--num-demonstrations", "50"]
+    script = EXAMPLE.parent / "cpu_demo" / "make_task.py"
+    subprocess.run(
+        [sys.executable, str(script), "--output", str(tmp_path), *options, *sizes], check=True
+    )
+    for line in (tmp_path / "sft.jsonl").read_text().splitlines():
+        story = json.loads(line)
+        _, value, *changes, _ = story["prompt"].split()
+        first, *steps = story["demonstration"].removeprefix("> ").split(" , ")
+        number = int(value)
+        for (verb, size), step in zip(
+            zip(changes[::2], changes[1::2], strict=True), [first, *steps], strict=True
+        ):
+            number += int(size) if verb in ("finds", "gets") else -int(size)
+            assert step == f"{verb} {size} {number}"
+        assert len(steps) == 9
+        assert number == story["answer"]
 
 
 def write_study(directory, grids, **options):
