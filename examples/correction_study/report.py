@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,8 @@ Rows = dict[int, dict[str, Any]]
 """The runs of an arm, by seed."""
 LAST_STEPS = 10
 """Steps at the end that a reward is the mean of."""
+LEAST_PAIRS = 3
+"""Pairs from which on an interval is shown; two give one that nobody should read."""
 CURVES = {
     "reward": "reward of the rollouts, behavior policy",
     "kl": "KL(behavior || target), nats a token",
@@ -82,6 +83,7 @@ def _record(name: str, rows: Rows, reference: Rows) -> dict[str, Any]:
         if values.keys() & base.keys():
             interval = paired_interval(values, base)
             record |= {
+                "pairs": interval.pairs,
                 f"{measure}_difference": round(interval.mean, 4),
                 f"{measure}_low": round(interval.low, 4),
                 f"{measure}_high": round(interval.high, 4),
@@ -126,17 +128,17 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
 
 
 def difference(record: dict[str, Any], measure: str) -> str:
-    """A difference and its interval; the mean alone for a single pair."""
+    """A difference and its interval; the mean alone where there are too few pairs for one."""
     if f"{measure}_low" not in record:
         return "no pair"
     mean = record[f"{measure}_difference"]
     low, high = record[f"{measure}_low"], record[f"{measure}_high"]
     if low == high == 0:
         return "0"
-    if math.isinf(low):
+    if record["pairs"] < LEAST_PAIRS:
         return f"{mean:+.3f}"
     text = f"{mean:+.3f} ({low:+.3f}, {high:+.3f})"
-    return f"**{text}**" if Interval(mean, low, high, record["seeds"]).excludes_zero else text
+    return f"**{text}**" if Interval(mean, low, high, record["pairs"]).excludes_zero else text
 
 
 def draw(arms: dict[str, Rows], output: Path, name: str) -> None:
