@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any, cast
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.controller import check_controller
@@ -16,6 +17,7 @@ from nested_reft_mcore.config.schema import (
     OptimizerConfig,
     ParallelConfig,
 )
+from nested_reft_mcore.config.yaml_reader import read_yaml
 
 
 def check_config(config: Config) -> None:
@@ -70,6 +72,9 @@ def check_for_training(config: Config) -> None:
     if config.data.train_path is None and config.rollout.replay is None:
         raise UserError("data.train_path is missing: `train` needs prompts (or rollout.replay)")
     _check_micro_batch_tokens(config)
+    replay = config.rollout.replay
+    if replay is not None and Path(replay).exists():
+        _check_replay(Path(replay) / "config.yaml", config.rollout.temperature)
 
 
 def check_for_warm_up(config: Config) -> None:
@@ -227,6 +232,23 @@ def _check_skippable(
         raise UserError(
             f"{section}: {count} layers to skip, but {num_layers} layers with "
             f"{owner or section}.border_layers={border} leave {between} that may be skipped"
+        )
+
+
+def _check_replay(path: Path, temperature: float) -> None:
+    """Refuse rollouts of another temperature: all log-probs of a ratio are at one."""
+    if not path.exists():
+        raise UserError(
+            f"rollout.replay: {path} does not exist; expected the run directory of `train`, which "
+            "says at what temperature its rollouts were sampled"
+        )
+    rollout = cast(dict[str, Any], read_yaml(path).data.get("rollout") or {})
+    recorded = rollout.get("temperature", 1.0)
+    if recorded != temperature:
+        raise UserError(
+            f"rollout.temperature={temperature}, but the rollouts to replay were sampled at "
+            f"{recorded} ({path}): every importance ratio would be wrong; expected "
+            f"rollout.temperature={recorded}"
         )
 
 
