@@ -84,7 +84,7 @@ class Runner:
         for run in list(waiting):
             if len(self._running) >= self._jobs:
                 return
-            if False:
+            if run.start in self.broken:
                 waiting.remove(run)
                 self._call_broken(run)
             elif run.start not in unfinished:
