@@ -142,3 +142,21 @@ def test_extreme_logits() -> None:
     (logprobs + entropies).sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
+
+
+def test_what_is_broken_and_not_asked_poisons_nothing() -> None:
+    hidden, weight, labels = drawn(torch.float32)
+    scores(hidden[:3], weight, labels[:, :3])[0].sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    expected = hidden.grad.clone(), weight.grad.clone()
+    broken = hidden.detach().clone()
+    broken[3:] = torch.nan
+    broken.requires_grad_()
+    weight.grad = None
+    logprobs, entropies = scores(broken, weight, labels)
+    assert logprobs[:, 3:].isnan().all()
+    (logprobs[:, :3].sum() + 0 * entropies[:, :3].sum()).backward()
+    assert broken.grad is not None
+    torch.testing.assert_close(broken.grad, expected[0])
+    torch.testing.assert_close(weight.grad, expected[1])
