@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, LayerSkipSchedule
-from nested_reft_mcore.config.checks import num_skipped
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule
 from nested_reft_mcore.config.load import load_config
+from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.config.schema import Config, ModelConfig, ParallelConfig
 from nested_reft_mcore.launch.context import ParallelContext, RankInfo
 from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown

@@ -1,20 +1,21 @@
 """Which layers, or parts of layers, the nested behavior policy leaves out (arXiv 2508.10123).
 
-A plan is a set of (layer, part). Two laws draw plans: `uniform` takes k layers without replacement
-from the valid ones, and `stage_balanced` takes, uniformly at random, one of the plans whose
-slowest pipeline stage is fastest. Both are a function of their key alone, so every rank draws the
-same plan without a word, and a resumed run draws the plan that the lost run would have drawn.
+A plan is a set of (layer, part). Two laws here draw plans: `uniform` takes k layers without
+replacement from the valid ones, and `stage_balanced` takes, uniformly at random, one of the plans
+whose slowest pipeline stage is fastest; `sensitivity` has a file of its own. All are a function of
+their key alone, so every rank draws the same plan without a word, and a resumed run draws the plan
+that the lost run would have drawn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
-from nested_reft_mcore.algorithm.counter_random import Stream, bits, integer_below, shuffled
+from nested_reft_mcore.algorithm.counter_random import bits, integer_below, shuffled
 
 Part = Literal["layer", "attention", "mlp"]
 SkipLaw = Literal["uniform", "stage_balanced"]
@@ -127,48 +128,6 @@ class LayerSkipPlan:
         return tuple(sorted(self.skipped))
 
 
-@dataclass(frozen=True)
-class LayerSkipSchedule:
-    """The plan of every step of a run; arguments as for `draw_plan`."""
-
-    law: SkipLaw
-    num_layers: int
-    num_skipped: int
-    border_layers: int
-    part: Part
-    stage_of_layer: tuple[int, ...]
-    seed: int
-    stage_extra_cost: tuple[float, ...] | None = None
-
-    def plan(self, step: int, num_skipped: int | None = None) -> LayerSkipPlan:
-        """The plan of this step, a function of (seed, step, number skipped) alone.
-
-        `num_skipped` takes the place of the schedule's own number.
-        """
-        return draw_plan(
-            self.law,
-            self.num_layers,
-            self.num_skipped if num_skipped is None else num_skipped,
-            self.border_layers,
-            self.stage_of_layer,
-            (Stream.PLAN, self.seed, step),
-            self.part,
-            self.stage_extra_cost,
-        )
-
-    def inclusion_probabilities(self) -> list[float]:
-        """Probability of being skipped, for each layer."""
-        return inclusion_probabilities(
-            self.law,
-            self.num_layers,
-            self.num_skipped,
-            self.border_layers,
-            self.stage_of_layer,
-            self.part,
-            self.stage_extra_cost,
-        )
-
-
 def num_skipped_layers(skip_ratio: float, num_layers: int) -> int:
     """k = skip_ratio * num_layers rounded to the nearest integer, halves up.
 
@@ -189,20 +148,22 @@ def draw_plan(
     key: tuple[int, ...],
     part: Part = "layer",
     stage_extra_cost: Sequence[float] | None = None,
+    protected_layers: Collection[int] = (),
 ) -> LayerSkipPlan:
     """Draw the plan that belongs to `key`, with `num_skipped` entries of kind `part`.
 
-    Layers closer than `border_layers` to either end are never taken. `stage_of_layer[i]` is the
-    physical pipeline rank of global layer i (all virtual chunks of a rank are one stage), and
-    `stage_extra_cost[s]` what stage s spends besides its layers (embedding, head), in units of a
-    layer. Both laws are uniform over a set of plans, the largest entropy there is: `uniform` over
-    all plans of that size, `stage_balanced` over those that minimise the cost of the slowest
-    stage. Raises ValueError where more entries are asked for than valid layers exist.
+    Layers closer than `border_layers` to either end and `protected_layers` are never taken.
+    `stage_of_layer[i]` is the physical pipeline rank of global layer i (all virtual chunks of a
+    rank are one stage), and `stage_extra_cost[s]` what stage s spends besides its layers
+    (embedding, head), in units of a layer. Both laws are uniform over a set of plans, the largest
+    entropy there is: `uniform` over all plans of that size, `stage_balanced` over those that
+    minimise the cost of the slowest stage. Raises ValueError where more entries are asked for than
+    valid layers exist.
     """
-    pools = _stage_pools(num_layers, num_skipped, border_layers, stage_of_layer, stage_extra_cost)
+    valid = _valid_layers(num_layers, num_skipped, border_layers, protected_layers)
+    pools = _stage_pools(valid, num_layers, stage_of_layer, stage_extra_cost)
     if law == "uniform":
         # Stages mean nothing to it: the same plan for every parallel layout.
-        valid = tuple(range(border_layers, num_layers - border_layers))
         pools = [_StagePool(sum(pool.cost for pool in pools), valid)]
     floors = _stage_floors(law, pools, num_skipped, PART_COST[part])
     ways = _ways_to_finish(pools, floors, num_skipped)
@@ -229,13 +190,15 @@ def inclusion_probabilities(
     stage_of_layer: Sequence[int],
     part: Part = "layer",
     stage_extra_cost: Sequence[float] | None = None,
+    protected_layers: Collection[int] = (),
 ) -> list[float]:
     """Probability that `draw_plan` skips each layer; they add up to `num_skipped`.
 
     Exact: the law is uniform over its plans, so it is the share of plans that hold the layer,
     counted in integers.
     """
-    pools = _stage_pools(num_layers, num_skipped, border_layers, stage_of_layer, stage_extra_cost)
+    valid = _valid_layers(num_layers, num_skipped, border_layers, protected_layers)
+    pools = _stage_pools(valid, num_layers, stage_of_layer, stage_extra_cost)
     floors = _stage_floors(law, pools, num_skipped, PART_COST[part])
     probabilities = [0.0] * num_layers
     for stage, pool in enumerate(pools):
@@ -274,22 +237,32 @@ class _StagePool:
     valid: tuple[int, ...]
 
 
+def _valid_layers(
+    num_layers: int, num_skipped: int, border_layers: int, protected_layers: Collection[int]
+) -> tuple[int, ...]:
+    """The layers that may be skipped; ValueError where they are too few."""
+    if border_layers < 0:
+        raise ValueError(f"border_layers cannot be negative, got {border_layers}")
+    for layer in protected_layers:
+        _check_layer(layer, num_layers)
+    inner = range(border_layers, num_layers - border_layers)
+    valid = tuple(layer for layer in inner if layer not in protected_layers)
+    if not 0 <= num_skipped <= len(valid):
+        protecting = f" and {sorted(protected_layers)} protected" if protected_layers else ""
+        raise ValueError(
+            f"cannot skip {num_skipped} of {num_layers} layers: with border_layers={border_layers}"
+            f"{protecting} {len(valid)} are valid, so ask for 0 to {len(valid)}"
+        )
+    return valid
+
+
 def _stage_pools(
+    valid: Sequence[int],
     num_layers: int,
-    num_skipped: int,
-    border_layers: int,
     stage_of_layer: Sequence[int],
     stage_extra_cost: Sequence[float] | None,
 ) -> list[_StagePool]:
     costs = _stage_costs(LayerSkipPlan.full(num_layers), stage_of_layer, stage_extra_cost)
-    if border_layers < 0:
-        raise ValueError(f"border_layers cannot be negative, got {border_layers}")
-    valid = range(border_layers, num_layers - border_layers)
-    if not 0 <= num_skipped <= len(valid):
-        raise ValueError(
-            f"cannot skip {num_skipped} of {num_layers} layers: with border_layers={border_layers} "
-            f"{len(valid)} are valid, so ask for 0 to {len(valid)}"
-        )
     return [
         _StagePool(cost, tuple(layer for layer in valid if stage_of_layer[layer] == stage))
         for stage, cost in enumerate(costs)

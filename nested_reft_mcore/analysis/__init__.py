@@ -1,1 +1,1 @@
-"""What is computed about the method rather than with it: gradients, their bias and variance."""
+"""What a user asks about a policy or a correction: exact bias and variance, layer sensitivity."""

@@ -21,6 +21,7 @@ from nested_reft_mcore.cli.options import (
     TensorParallel,
     fields,
 )
+from nested_reft_mcore.cli.probe import probe
 
 app = typer.Typer(
     name="nested-reft",
@@ -44,6 +45,7 @@ convert_app = typer.Typer(
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(atlas)
+app.command()(probe)
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/configuration.md lists options.")

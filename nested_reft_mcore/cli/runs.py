@@ -22,6 +22,7 @@ from nested_reft_mcore.config.checks import (
 )
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import load_config
+from nested_reft_mcore.config.probe_record import read_sensitivity
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.hf.config import model_architecture, model_source
 from nested_reft_mcore.launch.context import ParallelContext
@@ -91,6 +92,8 @@ def _run(
         architecture = model_architecture(config.model)
         check_architecture(architecture, model_source(config.model))
         check_depth(config, architecture.num_layers)
+        if config.nested.law == "sensitivity":
+            read_sensitivity(config.nested, architecture)
         check(config)
         return Job(
             parallel=config.parallel,

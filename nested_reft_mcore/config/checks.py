@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,10 +9,10 @@ from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.controller import check_controller
 from nested_reft_mcore.config.corrections import read_correction, read_rejections
 from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.nested import check_nested, check_protected, num_skipped
 from nested_reft_mcore.config.schema import (
     Config,
     ModelConfig,
-    NestedConfig,
     OptimizerConfig,
     ParallelConfig,
 )
@@ -33,18 +32,7 @@ def check_config(config: Config) -> None:
         ("sft.optimizer", config.sft.optimizer),
     ):
         _check_optimizer(key, optimizer)
-    if config.nested.skip_ratio is not None and config.nested.num_skipped is not None:
-        raise UserError(
-            f"nested: skip_ratio={config.nested.skip_ratio} and "
-            f"num_skipped={config.nested.num_skipped} are both set; set one of them"
-        )
-    if config.rollout.mode == "speculative" and not (
-        config.nested.skip_ratio or config.nested.num_skipped
-    ):
-        raise UserError(
-            "rollout.mode=speculative: the draft comes from the nested policy, and nested skips "
-            "nothing; set nested.skip_ratio or nested.num_skipped"
-        )
+    check_nested(config)
     check_controller(config)
     _check_sft(config)
     _check_objective(config)
@@ -108,6 +96,7 @@ def check_paths(config: Config) -> None:
         "data.eval_path": config.data.eval_path,
         "data.tokenizer_path": config.data.tokenizer_path,
         "rollout.replay": config.rollout.replay,
+        "nested.sensitivity_path": config.nested.sensitivity_path,
     }
     for key, path in paths.items():
         if path is not None and not Path(path).exists():
@@ -166,21 +155,13 @@ def check_depth(config: Config, num_layers: int) -> None:
         UserError: names the option, the number asked for and the number there is.
     """
     nested = config.nested
-    _check_skippable("nested", num_skipped(nested, num_layers), num_layers, nested.border_layers)
+    check_protected(nested, num_layers)
+    count, protected = num_skipped(nested, num_layers), nested.protected_layers
+    _check_skippable("nested", count, num_layers, nested.border_layers, protected)
     _check_skippable("sft", config.sft.max_skipped, num_layers, config.sft.border_layers)
     controller = config.controller
     most = max(controller.min_skipped, controller.max_skipped or 0)
-    _check_skippable("controller", most, num_layers, nested.border_layers, "nested")
-
-
-def num_skipped(nested: NestedConfig, num_layers: int) -> int:
-    """k, the number of layers to skip: as given, or round(skip_ratio * num_layers), halves up.
-
-    As `algorithm.layer_skip.num_skipped_layers` rounds, which needs torch.
-    """
-    if nested.num_skipped is not None:
-        return nested.num_skipped
-    return math.floor((nested.skip_ratio or 0.0) * num_layers + 0.5 + 1e-9)
+    _check_skippable("controller", most, num_layers, nested.border_layers, protected, "nested")
 
 
 def check_batches(config: Config, data_parallel_size: int) -> None:
@@ -224,14 +205,22 @@ def check_warm_up_batches(config: Config, data_parallel_size: int) -> None:
 
 
 def _check_skippable(
-    section: str, count: int, num_layers: int, border: int, owner: str | None = None
+    section: str,
+    count: int,
+    num_layers: int,
+    border: int,
+    protected: tuple[int, ...] = (),
+    owner: str | None = None,
 ) -> None:
     """`owner` is the section of `border_layers`, if it is another."""
-    between = max(num_layers - 2 * border, 0)
+    owner = owner or section
+    inner = range(border, num_layers - border)
+    between = len(set(inner) - set(protected))
     if count > between:
+        protecting = f" and {owner}.protected_layers={list(protected)}" if protected else ""
         raise UserError(
             f"{section}: {count} layers to skip, but {num_layers} layers with "
-            f"{owner or section}.border_layers={border} leave {between} that may be skipped"
+            f"{owner}.border_layers={border}{protecting} leave {between} that may be skipped"
         )
 
 

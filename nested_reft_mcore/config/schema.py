@@ -80,14 +80,22 @@ class NestedConfig(Section):
     """Share of all layers; k = round(skip_ratio * num_layers)."""
     num_skipped: int | None = Field(default=None, ge=0)
     """Number of layers, instead of `skip_ratio`."""
-    law: Literal["uniform", "stage_balanced"] = "stage_balanced"
-    """`uniform` is the paper's; `stage_balanced` keeps the fullest pipeline stage short."""
+    law: Literal["uniform", "stage_balanced", "sensitivity"] = "stage_balanced"
+    """`uniform` is the paper's; `stage_balanced` evens stages; `sensitivity` obeys `kl_budget`."""
     border_layers: int = Field(default=1, ge=0)
     """Layers at either end that are never skipped."""
+    protected_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Further layers, 0-based, that are never skipped."""
     part: Literal["layer", "attention", "mlp"] = "layer"
     """What of a layer is skipped."""
     head_cost: float = Field(default=0.0, ge=0)
     """Time of the vocabulary head, in layers, that `stage_balanced` sees on the last stage."""
+    sensitivity_path: str | None = None
+    """JSON file of `nested-reft probe`, for the law `sensitivity`."""
+    kl_budget: float | None = Field(default=None, gt=0)
+    """Predicted KL of a plan of `sensitivity`, at most, in nats per token."""
+    saving_tolerance: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the best plan's saving that a plan of `sensitivity` may lack: chance needs room."""
     check_plan_across_ranks: bool = False
     """Debug: compare a hash of every plan over all processes."""
 

@@ -16,6 +16,7 @@ from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, draw_plan, num
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.inference import GenerateOptions, ModelSource, ScoreOptions
+from nested_reft_mcore.config.probe import ProbeOptions
 from nested_reft_mcore.config.schema import ModelConfig
 from nested_reft_mcore.data.completions import GivenCompletion, read_completions
 from nested_reft_mcore.data.jsonl import read_json_lines
@@ -52,7 +53,7 @@ def generate_file(options: GenerateOptions, context: ParallelContext) -> None:
             "--speculative: the model with layers skipped is to draft, and nothing is skipped; add "
             "--skip-layers or --skip-ratio"
         )
-    prompts = _read_prompts(options, tokenizer, architecture)
+    prompts = read_prompts(options, tokenizer, architecture)
     policy = load_policy(model, options.parallel, context)
     totals = GenerationTotals()
     lines = completed_lines(policy, prompts, options, sampling, plan, tokenizer, totals)
@@ -93,10 +94,14 @@ def score_file(options: ScoreOptions, context: ParallelContext) -> None:
         )
 
 
-def _read_prompts(
-    options: GenerateOptions, tokenizer: Tokenizer, architecture: ModelArchitecture
+def read_prompts(
+    options: GenerateOptions | ProbeOptions, tokenizer: Tokenizer, architecture: ModelArchitecture
 ) -> list[Prompt]:
-    """The prompts of the file, each with room for its completion."""
+    """The prompts of the file, each with room for its completion.
+
+    Raises:
+        UserError: a line cannot be read or leaves no room.
+    """
     prompts = read_requests(options.prompts, tokenizer, vocab_size=architecture.vocab_size)
     if options.template == "chat":
         records = read_json_lines(options.prompts)

@@ -6,7 +6,6 @@ from typing import Any
 
 from nested_reft_mcore.algorithm.layer_skip import (
     LayerSkipPlan,
-    LayerSkipSchedule,
     predicted_speedup,
 )
 from nested_reft_mcore.algorithm.skip_controller import (
@@ -16,6 +15,7 @@ from nested_reft_mcore.algorithm.skip_controller import (
     update,
     wait_before,
 )
+from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ControllerConfig
 
@@ -97,7 +97,9 @@ def skip_levels(schedule: LayerSkipSchedule, least: int, most: int | None) -> tu
     Raises:
         UserError: none is left between the bounds.
     """
-    between = schedule.num_layers - 2 * schedule.border_layers
+    borders = schedule.border_layers
+    inner = range(borders, schedule.num_layers - borders)
+    between = len(set(inner) - set(schedule.protected_layers))
     most = between if most is None else min(most, between)
     candidates = range(1, most + 1)
     if schedule.law == "stage_balanced":

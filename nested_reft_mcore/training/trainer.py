@@ -8,8 +8,9 @@ from functools import partial
 
 import torch.distributed as dist
 
-from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, LayerSkipSchedule
-from nested_reft_mcore.config.checks import num_skipped
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule
+from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.data.prompts import load_prompts
 from nested_reft_mcore.hf.config import check_exportable
@@ -34,6 +35,7 @@ from nested_reft_mcore.training.policy_setup import check_room, find_tokenizer
 from nested_reft_mcore.training.ratio_split import RatioSplit, explain_engine_noise
 from nested_reft_mcore.training.replicas import is_replica_writer
 from nested_reft_mcore.training.run import Run
+from nested_reft_mcore.training.sensitivity_law import load_sensitivity_law
 from nested_reft_mcore.training.steering import SkipSteering
 from nested_reft_mcore.training.update import Learner, UpdateResult, mean_over_updates
 
@@ -193,15 +195,19 @@ def _check_engine_noise(run: Run, plan: LayerSkipPlan, first_update: UpdateResul
 def skip_schedule(config: Config, policy: Policy) -> LayerSkipSchedule:
     """The plans of a run: a pure function of (seed, step), the same on every process."""
     num_layers = policy.architecture.num_layers
+    is_full = config.rollout.mode == "full"
+    is_measured = config.nested.law == "sensitivity" and not is_full
     return LayerSkipSchedule(
-        law=config.nested.law,
+        law="uniform" if is_full else config.nested.law,
         num_layers=num_layers,
-        num_skipped=0 if config.rollout.mode == "full" else num_skipped(config.nested, num_layers),
+        num_skipped=0 if is_full else num_skipped(config.nested, num_layers),
         border_layers=config.nested.border_layers,
         part=config.nested.part,
         stage_of_layer=policy.stage_of_layer,
         seed=config.seed,
         stage_extra_cost=_stage_extra_cost(config, policy),
+        protected_layers=config.nested.protected_layers,
+        measured=load_sensitivity_law(config.nested, policy) if is_measured else None,
     )
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import nested_reft_mcore
-from nested_reft_mcore.algorithm.layer_skip import LayerSkipSchedule
+from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.checks import (
     check_batches,
@@ -20,10 +20,10 @@ from nested_reft_mcore.config.checks import (
     check_for_warm_up,
     check_paths,
     check_warm_up_batches,
-    num_skipped,
 )
 from nested_reft_mcore.config.layout import check_layout, needed_processes
 from nested_reft_mcore.config.load import load_config
+from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.data.jsonl import read_json_lines
 from nested_reft_mcore.mcore.model import stage_of_layer
 

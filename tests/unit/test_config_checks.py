@@ -18,10 +18,10 @@ from nested_reft_mcore.config.checks import (
     check_for_training,
     check_for_warm_up,
     check_warm_up_batches,
-    num_skipped,
 )
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.layout import check_layout, needed_processes
+from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.config.schema import Config, ParallelConfig
 
 ARCHITECTURE = {

@@ -9,12 +9,12 @@ import pytest
 
 from nested_reft_mcore.algorithm.layer_skip import (
     LayerSkipPlan,
-    LayerSkipSchedule,
     draw_plan,
     inclusion_probabilities,
     num_skipped_layers,
     predicted_speedup,
 )
+from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule
 
 FOUR_STAGES = [layer // 7 for layer in range(28)]
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_config_checks import config, refusal
 
-from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, LayerSkipSchedule
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import ControllerConfig
 from nested_reft_mcore.training.ratio_split import explain_engine_noise
