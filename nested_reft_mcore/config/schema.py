@@ -275,7 +275,7 @@ class TrainConfig(Section):
     max_tokens_per_micro_batch: int | None = Field(default=None, gt=0)
     """Instead: sequences of like length up to so many tokens, padding included; spread evenly."""
     logprob_chunk_tokens: int | None = Field(default=None, gt=0)
-    """Tokens whose logits exist at the same time; left out: as many as make 64 MiB."""
+    """Tokens whose logits exist at the same time; left out: as many as make 128 MiB."""
     max_skipped_updates: int = Field(default=5, gt=0)
     """So many non-finite updates in a row stop the run."""
 

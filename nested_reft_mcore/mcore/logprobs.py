@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from nested_reft_mcore.launch.context import ParallelDimension
 
-_CHUNK_BYTES = 2**26
+_CHUNK_BYTES = 2**27
 """Room for a chunk's logits in float32, where the number of positions is left open."""
 
 
@@ -57,7 +57,7 @@ def token_logprobs(
         tensor: The tensor-parallel dimension.
         sequence_parallel: Whether `hidden` is spread over `tensor`.
         chunk_tokens: Positions whose logits exist at the same time; left out: as many as make
-            64 MiB of float32 on this rank.
+            128 MiB of float32 on this rank.
 
     Returns:
         Log-probabilities and entropies in nats, both `[batch, seq]` and float32 (float64 for
