@@ -81,9 +81,9 @@ class Recommendation:
     """How to skip one part of k random layers within a budget of KL."""
 
     border_layers: int
-    """Sensitive layers at either end, the longer run of both."""
+    """Sensitive layers at either end, the shorter run of both: one number serves for both ends."""
     protected: tuple[int, ...]
-    """Sensitive layers between the borders."""
+    """Further sensitive layers."""
     num_skipped: int
     """The largest k whose expected KL stays within the budget; 0 where none does."""
     predicted_kl: float
@@ -109,7 +109,7 @@ def recommend(
     sensitive = [kl > limit for kl in layer_kls]
     front = next((i for i, is_bad in enumerate(sensitive) if not is_bad), num_layers)
     back = next((i for i, is_bad in enumerate(reversed(sensitive)) if not is_bad), num_layers)
-    border = min(max(front, back), num_layers // 2)
+    border = min(front, back, num_layers // 2)
     inner = range(border, num_layers - border)
     free = [layer_kls[layer] for layer in inner if not sensitive[layer]]
     mean = sum(free) / len(free) if free else 0.0

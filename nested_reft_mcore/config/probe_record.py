@@ -134,7 +134,7 @@ class Advice(Section):
     border_layers: int = Field(ge=0)
     """`nested.border_layers`."""
     protected_layers: tuple[int, ...]
-    """`nested.protected_layers`: sensitive ones between the borders."""
+    """`nested.protected_layers`: further sensitive ones."""
     num_skipped: int = Field(ge=0)
     """`nested.num_skipped`: the largest number whose expected KL is within the budget."""
     predicted_kl: float
