@@ -2,7 +2,9 @@
 
 A story begins with a value and changes it four times, `tom 5 gets 3 loses 2 finds 1 eats 4 ?`;
 the answer is what is left. Values stay within 0..9. Demonstrations answer in one of two styles:
-directly, `# 3 ,`, or with the running values, `> 8 , 6 , 7 , 3`.
+directly, `# 3 ,`, or with the running values, `> 8 , 6 , 7 , 3`. Longer stories and answers, for
+examples/correction_study: `--num-operations`, and `--copy`, which has every change stand before its
+value, `> gets 3 8 , loses 2 6 , finds 1 7 , eats 4 3`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ class Story:
     prompt: str
     running_values: tuple[int, ...]
     """After each operation; the last one is the answer."""
+    changes: tuple[str, ...]
+    """The operations as the prompt states them, such as `gets 3`."""
 
     @property
     def answer(self) -> int:
@@ -52,6 +56,11 @@ class Story:
         """The demonstration that states every running value."""
         return "> " + " , ".join(str(value) for value in self.running_values)
 
+    def copied(self) -> str:
+        """The demonstration that states every change and the value after it."""
+        pairs = zip(self.changes, self.running_values, strict=True)
+        return "> " + " , ".join(f"{change} {value}" for change, value in pairs)
+
 
 def words() -> list[str]:
     """Every word of the task, each one token."""
@@ -59,12 +68,12 @@ def words() -> list[str]:
     return [*SIGNS, *numbers, *NAMES, *GAINS, *LOSSES]
 
 
-def make_story(rng: random.Random) -> Story:
+def make_story(rng: random.Random, num_operations: int = NUM_OPERATIONS) -> Story:
     """Draw a story; each operation is uniform over those that keep the value within bounds."""
     value = rng.randint(0, MAX_VALUE)
     text = [rng.choice(NAMES), str(value)]
-    running_values = []
-    for _ in range(NUM_OPERATIONS):
+    running_values, stated = [], []
+    for _ in range(num_operations):
         changes = [
             change
             for change in range(-MAX_OPERAND, MAX_OPERAND + 1)
@@ -72,16 +81,16 @@ def make_story(rng: random.Random) -> Story:
         ]
         change = rng.choice(changes)
         value += change
-        text += [rng.choice(GAINS if change > 0 else LOSSES), str(abs(change))]
+        stated.append(f"{rng.choice(GAINS if change > 0 else LOSSES)} {abs(change)}")
         running_values.append(value)
-    return Story(" ".join([*text, "?"]), tuple(running_values))
+    return Story(" ".join([*text, *stated, "?"]), tuple(running_values), tuple(stated))
 
 
-def distinct_stories(rng: random.Random) -> Iterator[Story]:
+def distinct_stories(rng: random.Random, num_operations: int) -> Iterator[Story]:
     """Stories without end, no prompt twice."""
     seen: set[str] = set()
     while True:
-        story = make_story(rng)
+        story = make_story(rng, num_operations)
         if story.prompt not in seen:
             seen.add(story.prompt)
             yield story
@@ -107,19 +116,27 @@ def train_tokenizer() -> bytes:
 
 
 def write_task(
-    output: Path, seed: int, num_train: int, num_eval: int, num_demonstrations: int
+    output: Path,
+    seed: int,
+    num_train: int,
+    num_eval: int,
+    num_demonstrations: int,
+    num_operations: int = NUM_OPERATIONS,
+    copy: bool = False,
+    direct_share: float = DIRECT_SHARE,
 ) -> list[str]:
     """Write the three files, whose prompts are all different, and the tokenizer.
 
     Returns one line about each file, for people.
     """
     rng = random.Random(seed)
-    stories = distinct_stories(rng)
+    stories = distinct_stories(rng, num_operations)
     evaluation = [_question(next(stories)) for _ in range(num_eval)]
     training = [_question(next(stories)) for _ in range(num_train)]
+    worked = Story.copied if copy else Story.step_by_step
     demonstrations = [
         _question(story)
-        | {"demonstration": story.direct() if rng.random() < DIRECT_SHARE else story.step_by_step()}
+        | {"demonstration": story.direct() if rng.random() < direct_share else worked(story)}
         for story, _ in zip(stories, range(num_demonstrations), strict=False)
     ]
     output.mkdir(parents=True, exist_ok=True)
@@ -156,6 +173,11 @@ def main() -> None:
     parser.add_argument(
         "--num-demonstrations", type=int, default=10800, help="demonstrations, 24 x 450 steps"
     )
+    parser.add_argument("--num-operations", type=int, default=NUM_OPERATIONS, help="in a story")
+    parser.add_argument("--copy", action="store_true", help="worked answers repeat the changes")
+    parser.add_argument(
+        "--direct-share", type=float, default=DIRECT_SHARE, help="demonstrations without working"
+    )
     arguments = parser.parse_args()
     for line in write_task(
         arguments.output,
@@ -163,6 +185,9 @@ def main() -> None:
         arguments.num_train,
         arguments.num_eval,
         arguments.num_demonstrations,
+        arguments.num_operations,
+        arguments.copy,
+        arguments.direct_share,
     ):
         print(line)
 

@@ -44,12 +44,15 @@ class RejectionRule:
             raise ValueError(f"unknown rejection {self.name!r}: choose one of {REJECTIONS}")
         if self.lower is not None and not self.name.endswith("k1"):
             raise ValueError(f"{self.name} is never negative: it has an upper bound only")
-        lower = 1.0 / self.upper if self.lower is None and self.upper > 0 else self.lower
-        if not (self.upper > 0 and (lower is None or 0 < lower <= self.upper)):
-            raise ValueError(
-                f"{self.name} keeps what lies between 0 < lower <= upper (lower left out: "
-                f"1 / upper), got {self.lower} and {self.upper}"
-            )
+        if not self.upper > 0:
+            raise ValueError(f"{self.name} wants an upper bound above 0, got {self.upper}")
+        if self.name.endswith("k1"):
+            lower = 1.0 / self.upper if self.lower is None else self.lower
+            if not 0 < lower <= self.upper:
+                raise ValueError(
+                    f"{self.name} keeps what lies between 0 < lower <= upper (lower left out: "
+                    f"1 / upper), got {self.lower} and {self.upper}"
+                )
 
 
 def accepted(log_ratio: LogRatio, rules: Sequence[RejectionRule]) -> Bool[Tensor, "batch seq"]:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from nested_reft_mcore.cli.atlas import atlas
 from nested_reft_mcore.cli.bench import bench_app
 from nested_reft_mcore.cli.options import (
     Checkpoint,
@@ -43,6 +44,7 @@ convert_app = typer.Typer(
 )
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
+app.command()(atlas)
 app.command()(probe)
 
 ConfigFile = Annotated[

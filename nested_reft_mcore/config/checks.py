@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.controller import check_controller
@@ -15,6 +16,7 @@ from nested_reft_mcore.config.schema import (
     OptimizerConfig,
     ParallelConfig,
 )
+from nested_reft_mcore.config.yaml_reader import read_yaml
 
 
 def check_config(config: Config) -> None:
@@ -43,7 +45,8 @@ def check_for_training(config: Config) -> None:
     """Refuse what `train` cannot use though `generate` and `evaluate` can.
 
     Raises:
-        UserError: top-k or top-p is set, or there is nothing to train on.
+        UserError: top-k or top-p is set, there is nothing to train on, or the longest sequence
+            that may come up is longer than a micro-batch.
     """
     for name in ("top_k", "top_p"):
         value = getattr(config.rollout, name)
@@ -56,6 +59,10 @@ def check_for_training(config: Config) -> None:
             )
     if config.data.train_path is None and config.rollout.replay is None:
         raise UserError("data.train_path is missing: `train` needs prompts (or rollout.replay)")
+    _check_micro_batch_tokens(config)
+    replay = config.rollout.replay
+    if replay is not None and Path(replay).exists():
+        _check_replay(Path(replay) / "config.yaml", config.rollout.temperature)
 
 
 def check_for_warm_up(config: Config) -> None:
@@ -217,6 +224,23 @@ def _check_skippable(
         )
 
 
+def _check_replay(path: Path, temperature: float) -> None:
+    """Refuse rollouts of another temperature: all log-probs of a ratio are at one."""
+    if not path.exists():
+        raise UserError(
+            f"rollout.replay: {path} does not exist; expected the run directory of `train`, which "
+            "says at what temperature its rollouts were sampled"
+        )
+    rollout = cast(dict[str, Any], read_yaml(path).data.get("rollout") or {})
+    recorded = rollout.get("temperature", 1.0)
+    if recorded != temperature:
+        raise UserError(
+            f"rollout.temperature={temperature}, but the rollouts to replay were sampled at "
+            f"{recorded} ({path}): every importance ratio would be wrong; expected "
+            f"rollout.temperature={recorded}"
+        )
+
+
 def _check_parallel(parallel: ParallelConfig) -> None:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise UserError(
@@ -290,6 +314,22 @@ def _check_objective(config: Config) -> None:
         raise UserError(
             f"reward.overlong_buffer_len={config.reward.overlong_buffer_len} is longer than "
             f"rollout.max_new_tokens={config.rollout.max_new_tokens}"
+        )
+
+
+def _check_micro_batch_tokens(config: Config) -> None:
+    budget = config.train.max_tokens_per_micro_batch
+    # Of a sequence all tokens but the last go into the model.
+    longest = config.data.max_prompt_length + config.rollout.max_new_tokens - 1
+    if config.parallel.sequence_parallel:
+        size = config.parallel.tensor_model_parallel_size
+        longest = -(-longest // size) * size
+    if budget is not None and budget < longest:
+        raise UserError(
+            f"train.max_tokens_per_micro_batch={budget} has no room for the longest sequence that "
+            f"may come up, {longest} tokens (data.max_prompt_length="
+            f"{config.data.max_prompt_length} and rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens}); expected at least {longest}"
         )
 
 

@@ -272,6 +272,10 @@ class TrainConfig(Section):
     """Mini-batches that a rollout batch is split into, one optimizer step each."""
     micro_batch_size: int = Field(default=8, gt=0)
     """Sequences in one forward pass of the update."""
+    max_tokens_per_micro_batch: int | None = Field(default=None, gt=0)
+    """Instead: sequences of like length up to so many tokens, padding included; spread evenly."""
+    logprob_chunk_tokens: int | None = Field(default=None, gt=0)
+    """Tokens whose logits exist at the same time; left out: as many as make 128 MiB."""
     max_skipped_updates: int = Field(default=5, gt=0)
     """So many non-finite updates in a row stop the run."""
 

@@ -25,6 +25,7 @@ from nested_reft_mcore.mcore.decode_torch import TorchMath
 from nested_reft_mcore.mcore.kv_cache import KeyValueCache, cache_bytes
 from nested_reft_mcore.mcore.layer_weights import DecodeShape, LayerWeights, layer_weights
 from nested_reft_mcore.mcore.model import Policy
+from nested_reft_mcore.mcore.output_layer import output_weight
 from nested_reft_mcore.rollout.pipeline_link import PipelineLink
 from nested_reft_mcore.rollout.token_pass import TokenPass
 
@@ -217,12 +218,8 @@ class PolicyDecoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits `[n, vocab_local]` from hidden states `[n, hidden]`."""
         last: Any = self._policy.chunks[-1]
-        weight = (
-            last.shared_embedding_or_output_weight()
-            if last.share_embeddings_and_output_weights
-            else last.output_layer.weight
-        )
-        return self._math.logits(hidden, last.decoder.final_layernorm.weight, weight)
+        norm = last.decoder.final_layernorm.weight
+        return self._math.logits(hidden, norm, output_weight(last))
 
     def _rotation_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rotary angles of every position, `[length, head_dim / 2]`."""

@@ -23,6 +23,7 @@ from nested_reft_mcore.hf.transforms import padded_vocab_size
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore import cpu_backend
 from nested_reft_mcore.mcore.nested_layer import NestedTransformerLayer
+from nested_reft_mcore.mcore.output_layer import take_over_output_layer
 from nested_reft_mcore.mcore.transformer_config import block_spec, transformer_config
 
 
@@ -146,6 +147,7 @@ def build_policy(
         chunk.to(device=context.device, dtype=config.params_dtype)
         _mark_tensor_parallel(chunk)
         _guard_output(chunk)
+        take_over_output_layer(chunk)
         chunks.append(chunk)
     # Building a model may have imported more of Megatron.
     cpu_backend.install()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.logprobs import token_logprobs
+from nested_reft_mcore.mcore.micro_batches import (
+    MicroBatches,
+    equal_micro_batches,
+    filled_micro_batches,
+)
 from nested_reft_mcore.mcore.model import Policy
+from nested_reft_mcore.mcore.output_layer import hidden_states_out, output_weight
+from nested_reft_mcore.mcore.variable_lengths import variable_lengths
 from nested_reft_mcore.rollout.batch import TrainingBatch
 
 Value = TypeVar("Value")
@@ -27,20 +35,33 @@ class PassResult:
     """What a pass over this replica's batch gave."""
 
     logprobs: Tensor
-    """`[batch, seq]` float32 on the CPU, on every stage: of the labels, before the update."""
+    """`[batch, seq]` float32 on the CPU, on every stage: of the labels that the mask of responses
+    names, before the update; 0 elsewhere."""
     entropies: Tensor
-    """`[batch, seq]` float32 on the CPU, on every stage."""
+    """`[batch, seq]` float32 on the CPU, on every stage; 0 outside the mask."""
     outputs: list[Any]
     """What the loss function handed back for each micro-batch; empty but on the last stage."""
+    num_tokens: int
+    """Of this replica's micro-batches, up to the last that counts in each row."""
+    num_places: int
+    """Of this replica's micro-batches, padding included."""
 
 
 def forward_logprobs(
-    policy: Policy, batch: TrainingBatch, *, micro_batch_size: int, temperature: float
+    policy: Policy,
+    batch: TrainingBatch,
+    *,
+    micro_batch_size: int,
+    temperature: float,
+    max_tokens_per_micro_batch: int | None = None,
+    logprob_chunk_tokens: int | None = None,
 ) -> Tensor:
     """Log-probabilities of the labels under the policy as it stands, nested or not.
 
+    The options are those of `run_batch`.
+
     Returns:
-        `[batch, seq]` float32 on the CPU, on every rank of the pipeline.
+        `[batch, seq]` float32 on the CPU, on every rank of the pipeline; 0 outside the mask.
     """
 
     def no_loss(logprobs: Tensor, _entropies: Tensor, _batch: TrainingBatch) -> Any:
@@ -52,6 +73,8 @@ def forward_logprobs(
         no_loss,
         micro_batch_size=micro_batch_size,
         temperature=temperature,
+        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        logprob_chunk_tokens=logprob_chunk_tokens,
         forward_only=True,
     ).logprobs
 
@@ -107,6 +130,8 @@ def run_batch(
     micro_batch_size: int,
     temperature: float,
     forward_only: bool = False,
+    max_tokens_per_micro_batch: int | None = None,
+    logprob_chunk_tokens: int | None = None,
 ) -> PassResult:
     """Run Megatron's pipeline schedule over the micro-batches of `batch`.
 
@@ -120,57 +145,78 @@ def run_batch(
         micro_batch_size: Sequences in one forward pass.
         temperature: Of the log-probabilities.
         forward_only: Leave the backward pass out.
+        max_tokens_per_micro_batch: Fill micro-batches with sequences of like length up to so many
+            tokens instead, padding included; replicas exchange sequences to have as much to do.
+            The loss then sees those of other replicas.
+        logprob_chunk_tokens: Tokens whose logits exist at the same time (`token_logprobs`).
+
+    Raises:
+        UserError: a sequence is longer than `max_tokens_per_micro_batch`.
     """
-    context = policy.context
-    micro_batches = _whole_schedule(batch, micro_batch_size, context)
+    context, config = policy.context, policy.transformer_config
+    if max_tokens_per_micro_batch is None:
+        made = equal_micro_batches(batch, micro_batch_size, context)
+    else:
+        multiple = context.tensor.size if config.sequence_parallel else 1
+        made = filled_micro_batches(batch, max_tokens_per_micro_batch, multiple, context)
     collected: list[tuple[Tensor, Tensor]] = []
 
-    def loss_of_logits(micro_batch: TrainingBatch, logits: Tensor) -> tuple[Any, ...]:
+    def loss_of(micro_batch: TrainingBatch, hidden: Tensor) -> tuple[Any, ...]:
         logprobs, entropies = token_logprobs(
-            logits,
+            hidden.transpose(0, 1),
+            output_weight(policy.chunks[-1]),
             micro_batch.labels,
+            micro_batch.response_mask,
             temperature=temperature,
             vocab_size=policy.architecture.vocab_size,
             tensor=context.tensor,
+            sequence_parallel=config.sequence_parallel,
+            chunk_tokens=logprob_chunk_tokens,
         )
         collected.append((logprobs.detach(), entropies.detach()))
         loss_sum, num_tokens, output = loss(logprobs, entropies, micro_batch)
         return loss_sum, num_tokens.to(torch.int), output
 
+    outputs = _run_schedule(policy, made, loss_of, forward_only=forward_only)
+    columns = list(zip(*collected, strict=True)) or [(), ()]
+    logprobs, entropies = made.gather(columns, context)
+    if not context.is_last_stage:
+        outputs = []
+    return PassResult(logprobs, entropies, outputs, made.num_tokens, made.num_places)
+
+
+def _run_schedule(
+    policy: Policy,
+    made: MicroBatches,
+    loss: Callable[[TrainingBatch, Tensor], tuple[Any, ...]],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Megatron's schedule; `loss` makes of a micro-batch's hidden states what Megatron adds up."""
+
     def forward_step(batches: Iterator[TrainingBatch], chunk: Any) -> tuple[Tensor, Any]:
-        micro_batch = next(batches).to(context.device)
+        micro_batch = next(batches).to(policy.context.device)
         output = chunk(micro_batch.tokens, micro_batch.position_ids, None)
-        return output, partial(loss_of_logits, micro_batch)
+        return output, partial(loss, micro_batch)
 
-    modules = policy.modules
-    with torch.set_grad_enabled(not forward_only):
-        outputs = get_forward_backward_func()(
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(not forward_only))
+        stack.enter_context(hidden_states_out(policy.chunks))
+        options: dict[str, Any] = {}
+        if made.has_variable_lengths:
+            options = stack.enter_context(variable_lengths(policy))
+        rows, length = made.batches[0].tokens.shape
+        outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches) for _ in modules],
-            model=modules,
-            num_microbatches=len(micro_batches),
-            seq_length=batch.tokens.shape[1],
-            micro_batch_size=micro_batch_size,
+            data_iterator=[iter(made.batches) for _ in policy.modules],
+            model=policy.modules,
+            num_microbatches=len(made.batches),
+            seq_length=length,
+            micro_batch_size=rows,
             forward_only=forward_only,
+            **options,
         )
-    shape = (2, len(micro_batches) * micro_batch_size, batch.tokens.shape[1])
-    scores = torch.zeros(shape, dtype=torch.float32, device=context.device)
-    if context.is_last_stage:
-        scores = torch.stack([torch.cat(column) for column in zip(*collected, strict=True)])
-    logprobs, entropies = _from_last_stage(scores, context).cpu()[:, : len(batch)]
-    return PassResult(logprobs, entropies, outputs if context.is_last_stage else [])
-
-
-def _whole_schedule(
-    batch: TrainingBatch, micro_batch_size: int, context: ParallelContext
-) -> list[TrainingBatch]:
-    """Micro-batches, as many as the schedule asks for: the added ones are masked throughout."""
-    micro_batches = list(batch.micro_batches(micro_batch_size))
-    multiple = context.pipeline.size if context.num_chunks > 1 else 1
-    nothing = replace(
-        micro_batches[0], response_mask=torch.zeros_like(micro_batches[0].response_mask)
-    )
-    return micro_batches + [nothing] * (-len(micro_batches) % multiple)
+    return outputs
 
 
 def _from_last_stage(values: Tensor, context: ParallelContext) -> Tensor:

@@ -140,6 +140,34 @@ class TrainingBatch:
             for start in range(0, len(padded), micro_batch_size)
         )
 
+    def lengths(self) -> list[int]:
+        """Places of each row up to the last one that counts; 1 where none does."""
+        places = torch.arange(1, self.response_mask.shape[1] + 1, device=self.response_mask.device)
+        return (self.response_mask * places).amax(dim=1).clamp_(min=1).tolist()
+
+    def take(self, rows: Sequence[int], length: int) -> TrainingBatch:
+        """These rows in this order, cut after `length` places, or padded with places that count
+        for nothing."""
+        chosen = torch.tensor(rows, dtype=torch.int64, device=self.tokens.device)
+        missing = max(0, length - self.tokens.shape[1])
+
+        def cut(name: str, column: Tensor) -> Tensor:
+            column = column[chosen]
+            if column.dim() == 1:
+                return column
+            if name == "position_ids":
+                return torch.arange(length, device=column.device).expand(len(rows), -1)
+            return torch.nn.functional.pad(column[:, :length], (0, missing))
+
+        return self._map(cut)
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[TrainingBatch]) -> TrainingBatch:
+        """All rows in order, as wide as the widest batch."""
+        width = max(batch.tokens.shape[1] for batch in batches)
+        wide = [batch.take(range(len(batch)), width) for batch in batches]
+        return wide[0]._map(lambda name, _: torch.cat([getattr(batch, name) for batch in wide]))
+
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> TrainingBatch:
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(

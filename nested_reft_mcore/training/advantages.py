@@ -34,7 +34,8 @@ def shaped_rewards(
     if reward.length_penalty:
         rewards = rewards + length_penalty(lengths, longest, reward.length_penalty)
     if algorithm.kl_reward_coef:
-        assert batch.ref_logprobs is not None and batch.old_logprobs is not None
+        assert batch.ref_logprobs is not None
+        assert batch.old_logprobs is not None
         log_ratio = log_importance_ratio(
             batch.ref_logprobs, batch.old_logprobs, batch.response_mask, algorithm.log_ratio_clamp
         )
@@ -43,10 +44,23 @@ def shaped_rewards(
 
 
 def replica_advantages(
-    rewards: Tensor, method: AdvantageMethod, group_size: int, context: ParallelContext
+    rewards: Tensor,
+    left_out: Tensor,
+    method: AdvantageMethod,
+    group_size: int,
+    context: ParallelContext,
 ) -> Tensor:
-    """Advantages `[batch]` of this replica's completions, judged within the global batch."""
-    gathered = gather_from_replicas(rewards, context)
-    advantages = group_relative_advantages(torch.cat(gathered), method, group_size=group_size)
-    start = sum(len(part) for part in gathered[: context.data.rank])
+    """Advantages `[batch]` of this replica's completions, judged within the global batch.
+
+    Groups that are `left_out`, `[batch]` bool, have advantage 0 and no part in any statistic.
+    """
+    gathered = gather_from_replicas((rewards, left_out), context)
+    everything = torch.cat([part for part, _ in gathered])
+    counted = ~torch.cat([part for _, part in gathered])
+    advantages = torch.zeros_like(everything)
+    if counted.any():
+        advantages[counted] = group_relative_advantages(
+            everything[counted], method, group_size=group_size
+        )
+    start = sum(len(part) for part, _ in gathered[: context.data.rank])
     return advantages[start : start + len(rewards)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
@@ -25,7 +25,7 @@ from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.rollout.dump import load_rollouts
 from nested_reft_mcore.rollout.generation import GenerationInterrupted
 from nested_reft_mcore.rollout.types import RolloutBatch
-from nested_reft_mcore.training.dynamic_sampling import sample_dynamically
+from nested_reft_mcore.training.dynamic_sampling import equal_groups, sample_dynamically
 from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.sampling import build_engine, training_sampling
 
@@ -38,6 +38,15 @@ class Experience:
     scores: Float32[Tensor, " batch"]
     metrics: dict[str, float] = field(default_factory=dict)
     """Of how it was collected; the same on every process."""
+
+    def left_out(self, filter_groups: bool) -> Bool[Tensor, " batch"]:
+        """Completions to mask: where groups are filtered, those that only fill the batch up.
+
+        They are known by their equal scores, so a replay of dumped rollouts finds the same.
+        """
+        if filter_groups:
+            return equal_groups(self.scores, self.rollouts.group_size)
+        return torch.zeros(len(self.scores), dtype=torch.bool)
 
 
 class ExperienceSource(Protocol):

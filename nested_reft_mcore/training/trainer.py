@@ -23,7 +23,6 @@ from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.dump import dump_rollouts
 from nested_reft_mcore.training.advantages import replica_advantages, shaped_rewards
-from nested_reft_mcore.training.dynamic_sampling import equal_groups
 from nested_reft_mcore.training.evaluation import Evaluator
 from nested_reft_mcore.training.experience import (
     ExperienceSource,
@@ -120,14 +119,11 @@ def _loop(
             rollouts, scores = collected.rollouts, collected.scores
             batch = learner.training_batch(rollouts)
             rewards = shaped_rewards(scores, rollouts, batch, config)
-            batch = batch.with_advantages(
-                replica_advantages(
-                    rewards, config.algorithm.advantage, rollouts.group_size, run.context
-                )
+            left_out = collected.left_out(config.algorithm.filter_groups)
+            advantages = replica_advantages(
+                rewards, left_out, config.algorithm.advantage, rollouts.group_size, run.context
             )
-            if config.algorithm.filter_groups:
-                # Where too few groups teach, others fill the batch up.
-                batch = batch.without_responses(equal_groups(scores, rollouts.group_size))
+            batch = batch.with_advantages(advantages).without_responses(left_out)
             metrics = rollout_metrics(rollouts, scores, rewards, run.context) | collected.metrics
             split = _split_ratio(run, learner, batch, rollouts.plan)
             updates = []

@@ -19,7 +19,12 @@ from nested_reft_mcore.config.schema import AlgorithmConfig, Config
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
-from nested_reft_mcore.mcore.pipeline import broadcast_object, forward_logprobs, run_batch
+from nested_reft_mcore.mcore.pipeline import (
+    PassResult,
+    broadcast_object,
+    forward_logprobs,
+    run_batch,
+)
 from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.types import RolloutBatch
@@ -84,7 +89,11 @@ class Learner:
         self._settings = objective_settings(algorithm, config.rollout.max_new_tokens)
         self._mask_truncated = algorithm.mask_truncated
         self._needs_old_logprobs = self._settings.needs_old_logprobs or algorithm.kl_reward_coef > 0
-        self._micro_batch_size = config.train.micro_batch_size
+        self._pass_options = {
+            "micro_batch_size": config.train.micro_batch_size,
+            "max_tokens_per_micro_batch": config.train.max_tokens_per_micro_batch,
+            "logprob_chunk_tokens": config.train.logprob_chunk_tokens,
+        }
         self._temperature = config.rollout.temperature
         self._policy = policy
         self._optimizer = optimizer
@@ -119,10 +128,7 @@ class Learner:
     def logprobs(self, batch: TrainingBatch) -> Tensor:
         """`[batch, seq]` float32 on the CPU: of the labels, under the policy as it stands."""
         return forward_logprobs(
-            self._policy,
-            batch,
-            micro_batch_size=self._micro_batch_size,
-            temperature=self._temperature,
+            self._policy, batch, temperature=self._temperature, **self._pass_options
         )
 
     def update(self, batch: TrainingBatch) -> UpdateResult:
@@ -137,11 +143,12 @@ class Learner:
                 self._policy,
                 batch,
                 partial(_micro_batch_loss, settings=self._settings),
-                micro_batch_size=self._micro_batch_size,
                 temperature=self._temperature,
+                **self._pass_options,
             )
             outcome = self._optimizer.step()
         metrics = _global_metrics(result.outputs, self._policy.context)
+        metrics["perf/padding_share"] = _padding_share(result, self._policy.context)
         metrics["actor/grad_norm"] = outcome.grad_norm
         metrics["actor/lr"] = outcome.lr
         return UpdateResult(outcome.applied, metrics, result.logprobs)
@@ -194,6 +201,12 @@ def _global_metrics(
     )
     log_ratios = torch.cat([replica["log_ratios"] for replica in replicas])
     return metrics | {"nested/ratio_p05": ratio_p05(log_ratios)}
+
+
+def _padding_share(result: PassResult, context: ParallelContext) -> float:
+    """Of the places that pass through the model, those that no loss or context needs."""
+    counts = gather_from_replicas((result.num_tokens, result.num_places), context)
+    return 1 - sum(tokens for tokens, _ in counts) / sum(places for _, places in counts)
 
 
 def _largest(parts: Any) -> dict[str, float]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
 import pytest
 from run_workers import run_workers
-from update_worker import ALGORITHMS, Measured, measure_layouts, two_process_checks
+from update_worker import ALGORITHMS, SPREAD, Measured, measure_layouts, two_process_checks
 
 TP, PP, VPP = (
     "tensor_model_parallel_size",
@@ -38,6 +37,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def single() -> Measured:
     (found,) = run_workers(measure_layouts, 1, LAYOUTS[1])
+    _assert_right_scores([found])
     return found["single"]
 
 
@@ -49,32 +49,42 @@ def pair() -> list[dict[str, Any]]:
 
 def test_updates_are_worth_comparing(single: Measured) -> None:
     for algorithm in ALGORITHMS:
-        first, second = single[f"{algorithm}/replicated/4"]
+        first, second = single[f"{algorithm}/replicated/4 rows"]
         assert first["actor/grad_norm"] > 0.1
         assert first["actor/pg_loss"] != second["actor/pg_loss"]
         assert first["rollout_corr/rollout_is_max"] > 2
         assert first["nested/ratio_p05"] < 0.5
-    first, second = single["ppo_clip/decoupled/replicated/4"]
+    first, second = single["ppo_clip/decoupled/replicated/4 rows"]
     assert first["actor/pg_clipfrac"] == 0
     assert second["actor/pg_clipfrac"] > 0.1
 
 
 def test_optimizer_and_micro_batches_change_nothing(single: Measured) -> None:
     for algorithm in ALGORITHMS:
-        for other in ("replicated/2", "distributed/4"):
-            _assert_same(single[f"{algorithm}/{other}"], single[f"{algorithm}/replicated/4"], other)
+        for other in ("replicated/2 rows", "distributed/4 rows", "distributed/40 tokens"):
+            if f"{algorithm}/{other}" in single:
+                expected = single[f"{algorithm}/replicated/4 rows"]
+                _assert_same(single[f"{algorithm}/{other}"], expected, other)
+    assert f"{SPREAD}/distributed/40 tokens" in single
+    for filled, equal in zip(
+        single["padding"]["40 tokens"], single["padding"]["4 rows"], strict=True
+    ):
+        assert filled < equal / 2
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_layout_learns_the_same(single: Measured, world_size: int) -> None:
     processes = run_workers(measure_layouts, world_size, LAYOUTS[world_size])
+    _assert_right_scores(processes)
     for name in LAYOUTS[world_size]:
         for found in processes:
             assert found[name] == processes[0][name], f"{name}: the ranks disagree"
             assert found[name]["plans"] == single["plans"], name
             _assert_on_policy(found[name]["on policy"])
-            updates = found[name].keys() - {"plans", "on policy"}
+            updates = found[name].keys() - {"plans", "on policy", "padding"}
             assert len(updates) == len(ALGORITHMS) + 1
+            padding = found[name]["padding"]
+            assert sum(padding["40 tokens"]) < 0.6 * sum(padding["4 rows"]), name
             for key in updates:
                 _assert_same(found[name][key], single[key], f"{name}: {key}")
 
@@ -82,6 +92,20 @@ def test_every_layout_learns_the_same(single: Measured, world_size: int) -> None
 def test_nothing_skipped_is_on_policy(single: Measured) -> None:
     _assert_on_policy(single["on policy"])
     assert len(set(single["plans"])) > 10
+
+
+def _assert_right_scores(processes: list[Measured]) -> None:
+    """Log-probs, entropies and their gradients from 1, 2 or 4 shards, beside float64 autograd."""
+    cases = processes[0]["scores"].keys()
+    assert len(cases) == (16 if len(processes) == 1 else 18)
+    for case in cases:
+        errors = [found["scores"][case] for found in processes]
+        for error in errors:
+            for name in ("logprobs", "entropies", "hidden gradient", "weight gradient", "mass"):
+                assert error[name] < 1e-5, (case, name, error[name])
+            assert error["padded gradient"] == error["unwanted gradient"] == 0, case
+        has_gradient = any(error["gradient is there"] for error in errors)
+        assert has_gradient != case.endswith("nothing wanted"), case
 
 
 def _assert_on_policy(metrics: dict[str, float]) -> None:
@@ -163,7 +187,3 @@ def test_padding_of_the_vocabulary_at_two_shards(pair: list[dict[str, Any]], cas
     assert shards[0]["real_gradient"] > 0
     for shard in shards:
         assert shard["padded_gradient"] == 0
-        assert shard["masked_gradient"] == 0
-        for name in ("mass_error", "logprob_error", "entropy_error", "gradient_error"):
-            assert shard[name] < 1e-5, name
-            assert not math.isnan(shard[name])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from model_cases import VOCAB_SIZE, architecture, build
+from score_cases import compare_scores
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import (
@@ -55,10 +56,16 @@ ALGORITHMS = {
     ),
 }
 SPREAD = "ppo_clip/decoupled"
-"""The algorithm that every layout also runs with a distributed optimizer."""
+"""What every layout also runs with a distributed optimizer and micro-batches filled by tokens."""
 OPTIMIZERS = {
     "replicated": OptimizerConfig(lr=1e-3, clip_grad=0.5),
     "distributed": OptimizerConfig(lr=1e-3, clip_grad=0.5, use_distributed_optimizer=True),
+}
+MICRO_BATCHES = {
+    "4 rows": {"micro_batch_size": 4},
+    "2 rows": {"micro_batch_size": 2},
+    # The longest sequence has 15.
+    "40 tokens": {"max_tokens_per_micro_batch": 40, "logprob_chunk_tokens": 7},
 }
 OVERLAPPED = {
     "use_distributed_optimizer": True,
@@ -78,7 +85,7 @@ def layout(ranks: RankInfo, options: dict[str, Any]) -> Iterator[tuple[Any, Para
 
 
 def configuration(
-    algorithm: AlgorithmConfig = ALGORITHMS["reinforce/base"], micro_batch_size: int = 4
+    algorithm: AlgorithmConfig = ALGORITHMS["reinforce/base"], micro_batches: str = "4 rows"
 ) -> Config:
     """What a Learner reads, and a law of plans."""
     return Config(
@@ -87,7 +94,7 @@ def configuration(
         nested=NestedConfig(num_skipped=3, law="uniform"),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         algorithm=algorithm,
-        train=TrainConfig(micro_batch_size=micro_batch_size),
+        train=TrainConfig(**MICRO_BATCHES[micro_batches]),
     )
 
 
@@ -143,11 +150,13 @@ def sampled_rollouts(
 
 
 def measure_layouts(ranks: RankInfo, layouts: dict[str, dict[str, Any]]) -> dict[str, Measured]:
-    """What `measure` finds in each layout."""
+    """What `measure` finds in each layout, and errors of scores with all processes as shards."""
     found = {}
     for name, options in layouts.items():
         with layout(ranks, options) as (parallel, context):
             found[name] = measure(parallel, context)
+    with layout(ranks, {"tensor_model_parallel_size": ranks.world_size}) as (_, context):
+        found["scores"] = compare_scores(context.tensor)
     shutdown()
     return found
 
@@ -155,10 +164,14 @@ def measure_layouts(ranks: RankInfo, layouts: dict[str, dict[str, Any]]) -> dict
 def measure(parallel: ParallelConfig, context: ParallelContext) -> Measured:
     """Metrics of updates, an on-policy update, and the digests of some plans."""
     found: Measured = {}
+    padding: dict[str, list[float]] = {}
     for algorithm, optimizer_name, size in variants(context):
         policy, optimizer = build(parallel, context, optimizer=OPTIMIZERS[optimizer_name])
         learner = learner_of(policy, optimizer, configuration(ALGORITHMS[algorithm], size))
-        found[f"{algorithm}/{optimizer_name}/{size}"] = two_updates(learner, context)
+        updates = two_updates(learner, context)
+        padding[size] = [metrics.pop("perf/padding_share") for metrics in updates]
+        found[f"{algorithm}/{optimizer_name}/{size}"] = updates
+    found["padding"] = padding
     policy, optimizer = build(parallel, context)
     learner = learner_of(policy, optimizer, configuration())
     rollouts = sampled_rollouts(policy, PolicyDecoder(policy), LayerSkipPlan.full(8))
@@ -171,12 +184,13 @@ def measure(parallel: ParallelConfig, context: ParallelContext) -> Measured:
     return found
 
 
-def variants(context: ParallelContext) -> list[tuple[str, str, int]]:
-    """Algorithm, optimizer and micro-batch size: everything alone, one of each kind together."""
+def variants(context: ParallelContext) -> list[tuple[str, str, str]]:
+    """Algorithm, optimizer and micro-batches: everything alone, one of each kind together."""
+    spread = (SPREAD, "distributed", "40 tokens")
     if context.world_size > 1:
-        return [*((name, "replicated", 4) for name in ALGORITHMS), (SPREAD, "distributed", 4)]
-    kinds = (("replicated", 4), ("replicated", 2), ("distributed", 4))
-    return [(name, optimizer, size) for name in ALGORITHMS for optimizer, size in kinds]
+        return [*((name, "replicated", "4 rows") for name in ALGORITHMS), spread]
+    kinds = (("replicated", "4 rows"), ("replicated", "2 rows"), ("distributed", "4 rows"))
+    return [(name, optimizer, size) for name in ALGORITHMS for optimizer, size in kinds] + [spread]
 
 
 def two_updates(learner: Learner, context: ParallelContext) -> list[dict[str, float]]:
@@ -201,14 +215,15 @@ def disagree_about_a_plan(ranks: RankInfo) -> str:
 
 
 def overlapped_twins(ranks: RankInfo) -> list[Any]:
-    """Rollouts and metrics of three steps, without and with everything overlapped."""
+    """Rollouts and metrics of three steps, without and with everything overlapped, the latter in
+    micro-batches of unlike lengths."""
     found = []
-    for options in ({}, OVERLAPPED):
+    for options, size in (({}, "4 rows"), (OVERLAPPED, "40 tokens")):
         with layout(ranks, {}) as (parallel, context):
             config = OptimizerConfig(lr=1e-2, **options)
             policy, optimizer = build(parallel, context, optimizer=config)
             decoder = PolicyDecoder(policy)
-            learner = learner_of(policy, optimizer, configuration())
+            learner = learner_of(policy, optimizer, configuration(micro_batches=size))
             steps = []
             for step in range(3):
                 plan = LayerSkipPlan.parse(f"{step + 1},5", 8)

@@ -1,11 +1,13 @@
 """Write objective_goldens.json: losses, gradients and metrics by plain Python, without our code.
 
-Every formula is spelled out again here, for one token at a time and with the gradient derived by
-hand, so that the package and this script only agree if both are right. Run it from anywhere:
+Every formula is spelled out again here, for one token or sequence at a time and with the gradient
+derived by hand, so that the package and this script only agree if both are right. Run it from
+anywhere:
 
     python tests/golden/make_objective_goldens.py
 """
 
+import itertools
 import json
 import math
 import platform
@@ -15,53 +17,127 @@ from pathlib import Path
 
 OUTPUT = Path(__file__).with_name("objective_goldens.json")
 
-CASES = {
-    "reinforce_practical": {"objective": "reinforce", "correction": "practical"},
-    "reinforce_base": {"objective": "reinforce", "correction": "base"},
-    "reinforce_base_clamped": {
-        "objective": "reinforce",
+DEFAULTS = {
+    "objective": "reinforce",
+    "correction": "practical",
+    "correction_settings": {},
+    "rejections": [],
+    "log_ratio_clamp": 20.0,
+    "clip_ratio_low": 0.2,
+    "clip_ratio_high": 0.2,
+    "clip_ratio_c": None,
+    "bypass_mode": False,
+    "loss_agg_mode": "token-mean",
+    "max_response_length": 1,
+    "entropy_coeff": 0.0,
+    "kl_loss_coef": 0.0,
+    "kl_loss_type": "k3",
+    "kl_corrected": False,
+}
+BOUNDS = {"retrace_lambda": 1.0, "lower": 0.0, "upper": math.inf, "log_clamp": 20.0}
+
+CORRECTIONS = {
+    "practical": {},
+    "base": {},
+    "retrace": {"retrace_lambda": 0.9},
+    "retrace_cumulative": {"retrace_lambda": 0.95},
+    "trajectory": {},
+    "trajectory_truncated": {"upper": 1.05},
+    "trajectory_clamped": {"log_clamp": 0.2},
+    "prefix": {},
+    "prefix_truncated": {"upper": 1.08},
+    "tis": {"upper": 1.25},
+    "icepop": {"lower": 0.75, "upper": 1.4},
+    "geometric": {},
+    "geometric_truncated": {"upper": 1.02},
+}
+REJECTIONS = [
+    ("token_k1", 1.4, None),
+    ("token_k1", 1.6, 0.9),
+    ("token_k2", 0.08, None),
+    ("token_k3", 0.05, None),
+    ("seq_sum_k1", 1.3, None),
+    ("seq_sum_k2", 0.2, None),
+    ("seq_sum_k3", 0.3, None),
+    ("seq_mean_k1", 1.04, None),
+    ("seq_mean_k2", 0.05, None),
+    ("seq_mean_k3", 0.05, None),
+    ("seq_max_k2", 0.2, None),
+    ("seq_max_k3", 0.15, None),
+]
+MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+WIDE = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.28}
+
+
+def make_cases() -> dict:
+    """Settings by name; what is left out has its default."""
+    cases = {}
+    for name, bounds in CORRECTIONS.items():
+        correction = name.removesuffix("_truncated").removesuffix("_clamped")
+        settings = {"correction": correction, "correction_settings": bounds}
+        cases[f"reinforce_{name}"] = settings
+        for objective in ("ppo_clip", "cispo", "gspo"):
+            cases[f"{objective}_{name}"] = {**settings, **WIDE, "objective": objective}
+    for (rule, upper, lower), mode in itertools.product(REJECTIONS, MODES):
+        name = f"reject_{rule}_{upper}_{lower}_{mode}"
+        cases[name] = {
+            "correction": "tis",
+            "correction_settings": {"upper": 1.25},
+            "rejections": [{"name": rule, "upper": upper, "lower": lower}],
+            "loss_agg_mode": mode,
+            "max_response_length": 7,
+        }
+    cases["reject_everything"] = {
+        "rejections": [{"name": "token_k2", "upper": 1e-12, "lower": None}],
+    }
+    cases["reject_twice"] = {
+        "objective": "gspo",
         "correction": "base",
-        "log_ratio_clamp": 0.3,
-    },
-    "reinforce_retrace": {
-        "objective": "reinforce",
-        "correction": "retrace",
-        "retrace_lambda": 0.9,
-    },
-    "ppo_decoupled_practical": {"objective": "ppo_clip", "correction": "practical"},
-    "ppo_decoupled_base": {
-        "objective": "ppo_clip",
-        "correction": "base",
-        "clip_ratio_low": 0.1,
-        "clip_ratio_high": 0.28,
-    },
-    "ppo_decoupled_retrace": {
-        "objective": "ppo_clip",
-        "correction": "retrace",
-        "retrace_lambda": 0.7,
-        "clip_ratio_low": 0.3,
-        "clip_ratio_high": 0.05,
-    },
-    "ppo_decoupled_clamped": {
+        "rejections": [
+            {"name": "token_k1", "upper": 1.6, "lower": 0.7},
+            {"name": "seq_max_k3", "upper": 0.2, "lower": None},
+        ],
+    }
+    for objective, mode in itertools.product(("ppo_clip", "cispo", "gspo"), MODES):
+        cases[f"{objective}_bypass_{mode}"] = {
+            **WIDE,
+            "objective": objective,
+            "bypass_mode": True,
+            "loss_agg_mode": mode,
+            "max_response_length": 9,
+        }
+    for objective in ("ppo_clip", "gspo"):
+        cases[f"{objective}_dual_clip"] = {
+            "objective": objective,
+            "bypass_mode": True,
+            "clip_ratio_low": 0.5,
+            "clip_ratio_high": 0.5,
+            "clip_ratio_c": 1.02,
+        }
+    for kind, corrected in itertools.product(("k1", "k2", "k3"), (False, True)):
+        cases[f"kl_{kind}_{'corrected' if corrected else 'plain'}"] = {
+            "objective": "ppo_clip",
+            "correction": "tis",
+            "kl_loss_coef": 0.3,
+            "kl_loss_type": kind,
+            "kl_corrected": corrected,
+            "entropy_coeff": 0.05,
+            "loss_agg_mode": "seq-mean-token-mean",
+        }
+    cases["clamped"] = {
         "objective": "ppo_clip",
         "correction": "base",
         "log_ratio_clamp": 0.25,
         "clip_ratio_low": 0.5,
         "clip_ratio_high": 0.5,
-    },
-    "ppo_bypass": {"objective": "ppo_clip", "correction": "practical", "bypass_mode": True},
-}
-DEFAULTS = {
-    "retrace_lambda": 1.0,
-    "log_ratio_clamp": 20.0,
-    "clip_ratio_low": 0.2,
-    "clip_ratio_high": 0.2,
-    "bypass_mode": False,
-}
+        "kl_loss_coef": 0.1,
+        "kl_corrected": True,
+    }
+    return cases
 
 
-def make_inputs(seed: int, batch: int = 4, seq: int = 7) -> dict:
-    """Random log-probs with behavior and old near target; the last row is wholly masked."""
+def make_inputs(seed: int, batch: int = 5, seq: int = 7) -> dict:
+    """Random log-probs, the others near the target; a row of one token and one of none."""
     generator = random.Random(seed)
 
     def table(draw):
@@ -73,15 +149,41 @@ def make_inputs(seed: int, batch: int = 4, seq: int = 7) -> dict:
     target = table(lambda: -generator.expovariate(0.8) - 1e-3)
     old = near(target, 0.25)
     mask = table(lambda: generator.random() < 0.7)
+    mask[-2] = [t == 2 for t in range(seq)]
     mask[-1] = [False] * seq
     return {
         "target_logprobs": target,
         "old_logprobs": old,
         "behavior_logprobs": near(old, 0.4),
+        "ref_logprobs": near(target, 0.5),
         "entropy": table(lambda: generator.uniform(0, 3)),
         "advantages": [generator.gauss(0, 1) for _ in range(batch)],
         "response_mask": mask,
     }
+
+
+def with_faults(inputs: dict) -> dict:
+    """The same with NaN at every masked position, and with a log-prob that is not finite at one
+    response token each of behavior, old and reference."""
+    mask = inputs["response_mask"]
+    dirty = {}
+    for name, rows in inputs.items():
+        if name in ("advantages", "response_mask"):
+            dirty[name] = rows
+            continue
+        dirty[name] = [
+            [x if kept else math.nan for x, kept in zip(row, is_response, strict=True)]
+            for row, is_response in zip(rows, mask, strict=True)
+        ]
+    responses = [(b, t) for b, row in enumerate(mask) for t, kept in enumerate(row) if kept]
+    faults = {
+        "behavior_logprobs": (responses[3], -math.inf),
+        "old_logprobs": (responses[8], math.nan),
+        "ref_logprobs": (responses[11], math.inf),
+    }
+    for name, ((b, t), value) in faults.items():
+        dirty[name][b][t] = value
+    return dirty
 
 
 def clip(value: float, low: float, high: float) -> float:
@@ -89,85 +191,261 @@ def clip(value: float, low: float, high: float) -> float:
     return max(low, min(high, value))
 
 
-def correction(name: str, ratio: float, retrace_lambda: float) -> float:
-    """Weight of a token whose importance ratio is `ratio`."""
-    if name == "practical":
-        return 1.0
-    return ratio if name == "base" else retrace_lambda * min(1.0, ratio)
+def log_ratio(numerator: float, denominator: float, clamp: float) -> float | None:
+    """Clamped difference, None where it is not finite."""
+    difference = numerator - denominator
+    return clip(difference, -clamp, clamp) if math.isfinite(difference) else None
 
 
-def token_terms(token: dict, case: dict) -> dict:
-    """Loss, gradient by the target log-prob, and metrics of one token."""
-    clamp = case["log_ratio_clamp"]
-    target, old, behavior = token["target"], token["old"], token["behavior"]
-    decoupled = case["objective"] == "ppo_clip" and not case["bypass_mode"]
-    numerator = old if decoupled else target
-    log_w = clip(numerator - behavior, -clamp, clamp)
-    weight = correction(case["correction"], math.exp(log_w), case["retrace_lambda"])
-    advantage = token["advantage"]
-    terms = {
-        "rollout_corr/kl": behavior - numerator,
-        "rollout_corr/k3_kl": math.exp(log_w) - 1 - log_w,
-        "rollout_corr/chi2_token": math.exp(log_w) ** 2 - 1,
-        "rollout_corr/rollout_is_mean": math.exp(log_w),
-        "actor/entropy": token["entropy"],
-        "ratio": math.exp(log_w),
-    }
+def correct(name: str, logs: list, bounds: dict) -> list:
+    """Weight of each token of a sequence, None for tokens that it rejects; `logs` has None for
+    tokens whose ratio is not finite."""
+    upper, lam = bounds["upper"], bounds["retrace_lambda"]
+    finite = [x for x in logs if x is not None]
+    whole = len(finite) == len(logs)
+
+    def from_sum(total: float) -> float:
+        return min(upper, math.exp(clip(total, -bounds["log_clamp"], bounds["log_clamp"])))
+
+    weights, so_far, trace = [], 0.0, 1.0
+    for x in logs:
+        if x is None:
+            # What is behind it has no product up to itself.
+            so_far = trace = None
+        elif so_far is not None:
+            so_far, trace = so_far + x, trace * lam * min(1.0, math.exp(x))
+        token = None if x is None else math.exp(x)
+        if name in ("trajectory", "geometric"):
+            if not whole:
+                weights.append(None)
+            elif name == "trajectory":
+                weights.append(from_sum(math.fsum(finite)))
+            else:
+                weights.append(min(upper, math.exp(math.fsum(finite) / len(finite))))
+        elif name in ("prefix", "retrace_cumulative"):
+            unknown = so_far is None
+            weights.append(None if unknown else from_sum(so_far) if name == "prefix" else trace)
+        elif token is None:
+            weights.append(None)
+        elif name == "icepop":
+            weights.append(token if bounds["lower"] <= token <= upper else None)
+        else:
+            value = {"practical": 1.0, "base": token, "tis": min(token, upper)}
+            weights.append(lam * min(1.0, token) if name == "retrace" else value[name])
+    return weights
+
+
+def k_estimate(kind: str, log_r: float) -> float:
+    """Schulman's estimators of KL(behavior || target) from r = target / behavior."""
+    r = math.exp(log_r)
+    return {"k1": -log_r, "k2": log_r**2 / 2, "k3": r - 1 - log_r}[kind]
+
+
+def passes(rule: dict, logs: list) -> list:
+    """Which tokens of a sequence a rejection rule accepts; not finite ones are left to others."""
+    level, kind = rule["name"].rsplit("_", 1)
+    values = [k_estimate(kind, x) for x in logs if x is not None]
+    high, low = rule["upper"], -math.inf
+    if kind == "k1":
+        # The bounds of k1 = -log r are ratios: those of behavior / target.
+        lower = 1 / rule["upper"] if rule["lower"] is None else rule["lower"]
+        high, low = math.log(rule["upper"]), math.log(lower)
+    if level == "token":
+        return [x is not None and low <= k_estimate(kind, x) <= high for x in logs]
+    total = {
+        "seq_sum": math.fsum(values),
+        "seq_mean": math.fsum(values) / max(1, len(values)),
+        "seq_max": max(values, default=0.0),
+    }[level]
+    return [low <= total <= high] * len(logs)
+
+
+def sequence_terms(tokens: list, case: dict) -> list:
+    """Everything about each response token of a sequence, as dictionaries."""
+    clamp, bypass = case["log_ratio_clamp"], case["bypass_mode"]
+    has_ratio = case["objective"] != "reinforce"
+    decoupled = has_ratio and not bypass
+    numerator = "old" if decoupled else "target"
+    logs = [log_ratio(token[numerator], token["behavior"], clamp) for token in tokens]
+    weights = correct(case["correction"], logs, BOUNDS | case["correction_settings"])
+    kept = [weight is not None for weight in weights]
+    for rule in case["rejections"]:
+        kept = [a and b for a, b in zip(kept, passes(rule, logs), strict=True)]
+    lost = sum(x is None for x in logs)
+    objective_logs = [None] * len(tokens)
+    if has_ratio:
+        anchor = "old" if decoupled else "behavior"
+        objective_logs = [log_ratio(t["target"], t[anchor], clamp) for t in tokens]
+        lost += sum(k and x is None for k, x in zip(kept, objective_logs, strict=True))
+        kept = [k and x is not None for k, x in zip(kept, objective_logs, strict=True)]
+    used = [x for x, k in zip(objective_logs, kept, strict=True) if k and has_ratio]
+    sequence_log = math.fsum(used) / max(1, len(used))
+    terms = []
+    for token, x, weight, is_kept, y in zip(
+        tokens, logs, weights, kept, objective_logs, strict=True
+    ):
+        term = {"kept": is_kept, "log": x, "kl": token["behavior"] - token[numerator]}
+        if is_kept:
+            term |= token_terms(token, weight, y, sequence_log, case)
+            if case["kl_loss_coef"] and term["kl_term"] is None:
+                lost, term["kept"] = lost + 1, False
+        terms.append(term)
+    if terms:
+        terms[0]["lost"] = lost
+    return terms
+
+
+def token_terms(token: dict, weight: float, y, sequence_log: float, case: dict) -> dict:
+    """Loss and gradient of a kept token, before aggregation. y: log-ratio of the objective."""
+    clamp, advantage = case["log_ratio_clamp"], token["advantage"]
+    terms = {"weight": weight, "actor/entropy": token["entropy"]}
     if case["objective"] == "reinforce":
-        loss, gradient = -weight * advantage * target, -weight * advantage
+        loss, gradient = -advantage * token["target"], -advantage
     else:
-        difference = target - (old if decoupled else behavior)
-        ratio = math.exp(clip(difference, -clamp, clamp))
-        clipped = clip(ratio, 1 - case["clip_ratio_low"], 1 + case["clip_ratio_high"])
-        is_clipped = clipped * advantage < ratio * advantage
-        loss = -weight * min(ratio * advantage, clipped * advantage)
-        # d ratio / d target = ratio, but for a log-ratio that the clamp holds.
-        moves = abs(difference) <= clamp and not is_clipped
-        gradient = -weight * advantage * ratio if moves else 0.0
-        terms["actor/pg_clipfrac"] = float(is_clipped)
-        terms["actor/ppo_kl"] = -clip(difference, -clamp, clamp)
-    return terms | {"loss": loss, "gradient": gradient, "actor/pg_loss": loss}
+        log_r = sequence_log if case["objective"] == "gspo" else y
+        r = math.exp(log_r)
+        clipped = clip(r, 1 - case["clip_ratio_low"], 1 + case["clip_ratio_high"])
+        terms["actor/ppo_kl"] = -y
+        if case["objective"] == "cispo":
+            loss, gradient = -clipped * advantage * token["target"], -clipped * advantage
+            terms["actor/pg_clipfrac"] = float(clipped != r)
+        else:
+            loss = -min(r * advantage, clipped * advantage)
+            held = clipped * advantage < r * advantage
+            terms["actor/pg_clipfrac"] = float(held)
+            anchor = token["behavior"] if case["bypass_mode"] else token["old"]
+            # A log-ratio that the clamp holds does not move with the target.
+            moves = abs(token["target"] - anchor) <= clamp
+            gradient = -advantage * r if moves and not held else 0.0
+            if case["clip_ratio_c"] is not None:
+                ceiling = -advantage * case["clip_ratio_c"]
+                bounded = advantage < 0 and loss > ceiling
+                terms["actor/pg_clipfrac_lower"] = float(bounded)
+                if bounded:
+                    loss, gradient = ceiling, 0.0
+    loss, gradient = weight * loss, weight * gradient
+    terms["actor/pg_loss"] = loss
+    if case["kl_loss_coef"]:
+        terms["kl_term"] = kl_terms(token, case)
+        if terms["kl_term"] is not None:
+            value, slope = terms["kl_term"]
+            terms["actor/kl_loss"] = value
+            loss += case["kl_loss_coef"] * value
+            gradient += case["kl_loss_coef"] * slope
+    loss -= case["entropy_coeff"] * token["entropy"]
+    return terms | {"loss": loss, "gradient": gradient}
+
+
+def kl_terms(token: dict, case: dict):
+    """Value of the KL estimate and its derivative by the target log-prob, None if not finite."""
+    clamp = case["log_ratio_clamp"]
+    d = log_ratio(token["ref"], token["target"], clamp)
+    if d is None:
+        return None
+    slope_of_d = -1.0 if abs(token["ref"] - token["target"]) <= clamp else 0.0
+    value = {"k1": -d, "k2": d**2 / 2, "k3": math.exp(d) - 1 - d}[case["kl_loss_type"]]
+    slope = {"k1": -1.0, "k2": d, "k3": math.exp(d) - 1}[case["kl_loss_type"]] * slope_of_d
+    if case["kl_corrected"]:
+        log_u = log_ratio(token["target"], token["behavior"], clamp)
+        u = math.exp(log_u)
+        slope_of_u = u if abs(token["target"] - token["behavior"]) <= clamp else 0.0
+        value, slope = u * value, u * slope + slope_of_u * value
+    return value, slope
 
 
 def solve(inputs: dict, case: dict) -> dict:
     """What `policy_loss` and `finalize_metrics` should give."""
     case = DEFAULTS | case
-    gradient = [[0.0] * len(row) for row in inputs["target_logprobs"]]
-    terms = []
-    for b, row in enumerate(inputs["response_mask"]):
-        for t, is_response in enumerate(row):
-            if not is_response:
-                continue
-            token = {
-                "target": inputs["target_logprobs"][b][t],
-                "old": inputs["old_logprobs"][b][t],
-                "behavior": inputs["behavior_logprobs"][b][t],
-                "entropy": inputs["entropy"][b][t],
-                "advantage": inputs["advantages"][b],
-            }
-            terms.append(token_terms(token, case))
-            gradient[b][t] = terms[-1]["gradient"]
-    n = len(terms)
-    names = [k for k in terms[0] if "/" in k]
-    metrics = {name: math.fsum(term[name] for term in terms) / n for name in names}
-    ratios = [term["ratio"] for term in terms]
-    ess = math.fsum(ratios) ** 2 / (n * math.fsum(r * r for r in ratios))
-    metrics["rollout_corr/rollout_is_eff_sample_size"] = metrics["nested/ess"] = ess
-    metrics["rollout_corr/rollout_is_max"] = max(ratios)
-    metrics["nested/num_non_finite_ratios"] = 0.0
-    closeness = sorted(min(r, 1 / r) for r in ratios)
+    seq = len(inputs["response_mask"][0])
+    gradient, entropy_gradient, rows = [], [], []
+    loss_sum = 0.0
+    for b, mask in enumerate(inputs["response_mask"]):
+        places = [t for t in range(seq) if mask[t]]
+        names = ("target", "old", "behavior", "ref")
+        tokens = [
+            {name: inputs[f"{name}_logprobs"][b][t] for name in names}
+            | {"entropy": inputs["entropy"][b][t], "advantage": inputs["advantages"][b]}
+            for t in places
+        ]
+        terms = sequence_terms(tokens, case)
+        rows.append(terms)
+        num_kept = sum(term["kept"] for term in terms)
+        share = {
+            "token-mean": 1.0,
+            "seq-mean-token-mean": 1.0 / max(1, num_kept),
+            "seq-mean-token-sum-norm": 1.0 / case["max_response_length"],
+        }[case["loss_agg_mode"]]
+        gradient.append([0.0] * seq)
+        entropy_gradient.append([0.0] * seq)
+        for t, term in zip(places, terms, strict=True):
+            if term["kept"]:
+                loss_sum += share * term["loss"]
+                gradient[b][t] = share * term["gradient"]
+                entropy_gradient[b][t] = -share * case["entropy_coeff"]
+    denominator = {
+        "token-mean": sum(term["kept"] for terms in rows for term in terms),
+        "seq-mean-token-mean": sum(any(term["kept"] for term in terms) for terms in rows),
+        "seq-mean-token-sum-norm": sum(bool(terms) for terms in rows),
+    }[case["loss_agg_mode"]]
+    logs = [term["log"] for terms in rows for term in terms if term["log"] is not None]
+    closeness = sorted(math.exp(-abs(x)) for x in logs)
     return {
-        "loss_sum": math.fsum(term["loss"] for term in terms),
-        "num_tokens": n,
+        "loss_sum": loss_sum,
+        "denominator": denominator,
         "gradient": gradient,
-        "metrics": metrics,
-        "ratio_p05": closeness[-(-n // 20) - 1],
+        "entropy_gradient": entropy_gradient,
+        "metrics": metrics_of(rows, BOUNDS | case["correction_settings"]),
+        "ratio_p05": closeness[-(-len(logs) // 20) - 1],
     }
+
+
+def metrics_of(rows: list, bounds: dict) -> dict:
+    """Off-policy statistics over all finite ratios, the objective's over kept tokens."""
+    finite = [term for terms in rows for term in terms if term["log"] is not None]
+    kept = [term for terms in rows for term in terms if term["kept"]]
+    ratios = [math.exp(term["log"]) for term in finite]
+    sequences = [[term for term in terms if term["log"] is not None] for terms in rows]
+    sequences = [terms for terms in sequences if terms]
+    products = [math.exp(math.fsum(t["log"] for t in terms)) for terms in sequences]
+
+    def mean(values) -> float:
+        found = list(values)
+        return math.fsum(found) / len(found)
+
+    def ess(values) -> float:
+        return math.fsum(values) ** 2 / (len(values) * math.fsum(v * v for v in values))
+
+    metrics = {
+        "rollout_corr/kl": mean(term["kl"] for term in finite),
+        "rollout_corr/k3_kl": mean(k_estimate("k3", term["log"]) for term in finite),
+        "rollout_corr/chi2_token": mean(r * r - 1 for r in ratios),
+        "rollout_corr/rollout_is_mean": mean(ratios),
+        "rollout_corr/rollout_is_max": max(ratios),
+        "rollout_corr/rollout_is_eff_sample_size": ess(ratios),
+        "nested/ess": ess(ratios),
+        "rollout_corr/chi2_seq": mean(r * r - 1 for r in products),
+        "rollout_corr/seq_ratio_mean": mean(products),
+        "nested/ess_seq": ess(products),
+        "rollout_corr/rollout_is_ratio_fraction_high": mean(r > bounds["upper"] for r in ratios),
+        "rollout_corr/rollout_is_ratio_fraction_low": mean(r < bounds["lower"] for r in ratios),
+        "rollout_corr/rollout_rs_masked_fraction": mean(not term["kept"] for term in finite),
+        "rollout_corr/rollout_rs_seq_masked_fraction": mean(
+            any(not term["kept"] for term in terms) for terms in sequences
+        ),
+        "nested/num_non_finite_ratios": float(sum(t[0].get("lost", 0) for t in rows if t)),
+    }
+    if kept:
+        names = sorted({key for term in kept for key in term if key.startswith("actor/")})
+        metrics |= {name: mean(term[name] for term in kept) for name in names}
+        metrics["rollout_corr/weight_mean"] = mean(term["weight"] for term in kept)
+    return metrics
 
 
 def main() -> None:
     """Write the file next to this script."""
-    inputs = make_inputs(seed=2508)
+    clean = make_inputs(seed=2508)
+    inputs = {"clean": clean, "faulty": with_faults(clean)}
+    cases = make_cases()
     document = {
         "provenance": {
             "script": "tests/golden/make_objective_goldens.py",
@@ -179,11 +457,14 @@ def main() -> None:
         },
         "inputs": inputs,
         "cases": [
-            {"name": name, "settings": case, "expected": solve(inputs, case)}
-            for name, case in CASES.items()
+            {"name": name, "inputs": kind, "settings": case, "expected": solve(inputs[kind], case)}
+            for name, case in cases.items()
+            for kind in inputs
+            # The other denominators take nothing else from a token that has no ratio.
+            if kind == "clean" or not name.endswith(tuple(MODES[1:]))
         ],
     }
-    OUTPUT.write_text(json.dumps(document, indent=1) + "\n")
+    OUTPUT.write_text(json.dumps(document) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ STEERED = (
     "diagnostics.split_every=2",
 )
 # Groups of eight with a mixed outcome are rare enough to ask for more prompts.
-FILTERED = "algorithm={objective: ppo_clip, correction: retrace, clip_ratio_low: 0.05, \
+FILTERED = "algorithm={objective: ppo_clip, rollout_is: retrace, clip_ratio_low: 0.05, \
 filter_groups: true, max_refills: 1, kl_loss_coef: 0.1}"
 SFT = ("sft", "config.yaml", "data.train_path=task/sft.jsonl", PIPELINE, "checkpoint.interval=40")
 # verl's names where the meaning is the same (perf/mfu belongs to what is not built yet).
@@ -143,6 +143,7 @@ def test_metrics_have_the_names_of_the_vocabulary(whole: Path) -> None:
     for line in saved:
         assert "timing_s/save_checkpoint" in line
         assert 0 < line["checkpoint/stall_seconds"] < line["checkpoint/save_seconds"]
+    assert all(line["actor/kl_loss"] > 0 for line in by_step.values())
     # The run is worth comparing with: something was learned from, and off-policy.
     assert sum(line["actor/grad_norm"] > 1e-3 for line in by_step.values()) > NUM_STEPS // 2
     assert any(line["actor/pg_clipfrac"] > 0 for line in by_step.values())
@@ -296,9 +297,10 @@ filter_groups: true, max_refills: 1}"
         for key in other:
             # Passes are counted on one replica.
             if not key.startswith("nested/layer_passes"):
-                assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7), key
+                # Products of a sequence's ratios, less 1, keep the rounding of something near 1.
+                assert line[key] == pytest.approx(other[key], rel=1e-5, abs=5e-7), key
     assert {line["rollout/num_refills"] for line in single} == {1}
-    assert {line["rollout/num_filled_groups"] for line in single} == {0, 1}
+    assert any(line["rollout/num_filled_groups"] > 0 for line in single)
     for step, line in enumerate(single):
         rewards = [reward for _, _, _, reward, *_ in _rollouts(room / "single", step)]
         equal = [len(set(rewards[i : i + 4])) == 1 for i in range(0, 16, 4)]

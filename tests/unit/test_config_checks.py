@@ -339,3 +339,20 @@ def test_broken_architecture_files(tmp_path, text, part):
 def test_no_checkpoint_directory(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         resolve_checkpoint(tmp_path / "none")
+
+
+def test_a_micro_batch_has_room_for_the_longest_sequence() -> None:
+    def made(budget: int, **parallel: object) -> Config:
+        return config(
+            train={"max_tokens_per_micro_batch": budget},
+            data={"train_path": "x", "max_prompt_length": 30},
+            rollout={"max_new_tokens": 12},
+            parallel=parallel,
+        )
+
+    check_for_training(made(41))
+    with pytest.raises(UserError, match=r"max_tokens_per_micro_batch=40 .* expected at least 41"):
+        check_for_training(made(40))
+    spread = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    with pytest.raises(UserError, match="expected at least 42"):
+        check_for_training(made(41, **spread))

@@ -8,15 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_config_checks import config, refusal
 
+from nested_reft_mcore.algorithm.advantages import group_relative_advantages
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.launch.context import ParallelContext, ParallelDimension
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.types import Prompt, Rollout, RolloutBatch, RolloutStats
+from nested_reft_mcore.training.advantages import replica_advantages
 from nested_reft_mcore.training.dynamic_sampling import (
     choose_groups,
     equal_groups,
     sample_dynamically,
 )
+from nested_reft_mcore.training.experience import Experience
 
 ALONE = ParallelDimension(0, 1, (0,))
 CONTEXT = ParallelContext(0, 1, 0, torch.device("cpu"), ALONE, ALONE, ALONE)
@@ -110,6 +113,24 @@ def test_a_group_is_equal_as_a_whole() -> None:
     assert equal_groups(rewards, 2).tolist() == [True, True, False, False, True, True]
     assert equal_groups(rewards, 3).tolist() == [True] * 6
     assert equal_groups(rewards, 6).tolist() == [False] * 6
+
+
+@pytest.mark.parametrize("method", ["grpo", "reinforce_plus_plus_baseline"])
+def test_groups_that_fill_up_have_no_part_in_the_advantages(method: str) -> None:
+    # Shaping has made their rewards unequal.
+    rewards = torch.tensor([1.0, 0.0, 5.0, -5.0, 0.5, 0.25])
+    scores = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    batch = Generator("+-+")(0)[0]
+    left_out = Experience(batch, scores).left_out(filter_groups=True)
+    assert left_out.tolist() == [False, False, True, True, False, False]
+    found = replica_advantages(rewards, left_out, method, GROUP_SIZE, CONTEXT)
+    alone = group_relative_advantages(rewards[~left_out], method, group_size=GROUP_SIZE)
+    assert torch.equal(found[~left_out], alone)
+    assert found[left_out].tolist() == [0.0, 0.0]
+    nobody = Experience(batch, scores).left_out(filter_groups=False)
+    assert not nobody.any()
+    everybody = replica_advantages(rewards, ~nobody, method, GROUP_SIZE, CONTEXT)
+    assert everybody.tolist() == [0.0] * 6
 
 
 def test_rows_without_a_response_count_for_nothing() -> None:

@@ -77,6 +77,15 @@ def test_a_level_that_does_not_hold_is_tried_ever_less_often() -> None:
     assert min(levels) == 3
 
 
+@pytest.mark.parametrize(("held", "failures"), [(28, 4), (32, 3)])
+def test_a_level_that_held_as_long_as_its_bar_is_not_barred_longer(held, failures) -> None:
+    # Three failures: a bar of 4 * 2^3 steps.
+    state = ControllerState(4, "kl", held=held - 1, failures=((4, 3),))
+    after = update(KL, state, {"rollout_corr/kl": 9.0})
+    assert after.level == 3
+    assert after.num_failures(4) == failures
+
+
 def test_nothing_is_skipped_when_nothing_helps_and_trials_become_rare() -> None:
     levels = drive(lambda _step, level: 3.0 * level, 1000, start=6)
     assert levels[:7] == [6, 5, 4, 3, 2, 1, 0]

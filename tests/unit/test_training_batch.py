@@ -118,3 +118,30 @@ def test_to_moves_every_tensor() -> None:
     moved = batch_of(2).to("meta")
     assert moved.tokens.device.type == moved.advantages.device.type == "meta"
     assert moved.ref_logprobs is None
+
+
+def test_lengths_are_up_to_the_last_place_that_counts() -> None:
+    batch = batch_of(3)
+    assert batch.lengths() == [2, 3, 4]
+    assert batch.without_responses(torch.tensor([True, False, True])).lengths() == [1, 3, 1]
+
+
+def test_taken_rows_are_cut_or_padded() -> None:
+    batch = batch_of(3)
+    cut = batch.take([2, 0], 3)
+    assert cut.tokens.tolist() == [[1, 2, 3], [1, 2, 9]]
+    assert cut.advantages.tolist() == [3.0, 1.0]
+    assert cut.response_mask.tolist() == batch.response_mask[[2, 0], :3].tolist()
+    wide = batch.take([1], 6)
+    assert wide.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert wide.response_mask[0].tolist() == [False, True, True, False, False, False]
+    assert wide.behavior_logprobs.shape == (1, 6)
+
+
+def test_batches_of_unlike_widths_are_joined() -> None:
+    narrow, wide = batch_of(2), batch_of(4)
+    joined = TrainingBatch.concatenate([narrow, wide])
+    assert len(joined) == 6
+    assert joined.lengths() == narrow.lengths() + wide.lengths()
+    assert torch.equal(joined.labels[2:], wide.labels)
+    assert joined.labels[:2, : narrow.labels.shape[1]].tolist() == narrow.labels.tolist()
