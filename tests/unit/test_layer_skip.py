@@ -207,3 +207,18 @@ def test_schedule_is_a_function_of_seed_and_step():
 
 
 PINNED_DIGEST = "2d0a83536ac08256"
+
+
+@pytest.mark.parametrize("law", ["uniform", "stage_balanced"])
+def test_protected_layers_are_never_skipped(law):
+    arguments = (law, 8, 3, 1, [i // 4 for i in range(8)])
+    for i in range(40):
+        plan = draw_plan(*arguments, (i,), protected_layers=(2, 5))
+        assert {layer for layer, _ in plan.skipped} <= {1, 3, 4, 6}
+    chances = inclusion_probabilities(*arguments, protected_layers=(2, 5))
+    assert sum(chances) == pytest.approx(3)
+    assert chances[2] == chances[5] == 0
+    with pytest.raises(ValueError, match=r"and \[2, 5\] protected 4 are valid"):
+        draw_plan(law, 8, 5, 1, [0] * 8, (0,), protected_layers=(2, 5))
+    with pytest.raises(ValueError, match="layer 8 does not exist"):
+        draw_plan(law, 8, 1, 1, [0] * 8, (0,), protected_layers=(8,))
