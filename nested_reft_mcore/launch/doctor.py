@@ -56,6 +56,7 @@ REQUIREMENTS = (
     Requirement("rich", "rich", "", "progress and tables"),
     Requirement("tensorboard", "tensorboard", "", "logs"),
     Requirement("math-verify", "math_verify", "", "the math_verify reward"),
+    Requirement("matplotlib", "matplotlib", "", "plots of atlas and probe"),
 )
 
 
