@@ -29,8 +29,9 @@ from nested_reft_mcore.launch.context import ParallelContext, RankInfo
 from nested_reft_mcore.mcore.checkpoint import load_weights, save_weights
 from nested_reft_mcore.mcore.hf_weights import export_hf_weights, load_hf_weights
 from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
+from nested_reft_mcore.mcore.micro_batches import equal_micro_batches
 from nested_reft_mcore.mcore.model import Policy, build_policy
-from nested_reft_mcore.mcore.pipeline import forward_logprobs
+from nested_reft_mcore.mcore.pipeline import forward_logprobs, run_schedule
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.training.conversion import hf_to_mcore, mcore_to_hf
 
@@ -145,10 +146,15 @@ def pipelined_scores(policy: Policy, case: HfCase) -> tuple[np.ndarray, np.ndarr
     """What Megatron's schedule gives: log-probs `[batch, seq]`, and on the first tensor-parallel
     rank of the last stage the logits `[batch, seq, vocab]` before anything is done with them."""
     shards: list[Tensor] = []
-    hook = policy.chunks[-1].register_forward_hook(lambda _m, _i, output: shards.append(output))
-    logprobs = forward_logprobs(policy, batch(case), micro_batch_size=1, temperature=1.0)
-    hook.remove()
+
+    def keep(_batch: TrainingBatch, logits: Tensor) -> tuple[Tensor, Tensor, None]:
+        shards.append(logits)
+        return logits.sum(), torch.ones((), dtype=torch.int), None
+
     tensor = policy.context.tensor
+    logprobs = forward_logprobs(policy, batch(case), micro_batch_size=1, temperature=1.0)
+    rows = equal_micro_batches(batch(case), 1, policy.context)
+    run_schedule(policy, rows, keep, forward_only=True)
     if not policy.context.is_last_stage:
         return logprobs.numpy(), None
     logits = torch.cat(shards).contiguous()
