@@ -28,6 +28,11 @@ class PlanLaw(Protocol):
         ...
 
 
+def head_on_last_stage(head_cost: float, num_stages: int) -> tuple[float, ...]:
+    """What each pipeline stage spends besides its layers, in the unit of `head_cost`."""
+    return (*[0.0] * (num_stages - 1), head_cost)
+
+
 @dataclass(frozen=True)
 class LayerSkipSchedule:
     """The plan of every step of a run; arguments as for `draw_plan`.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from nested_reft_mcore.algorithm.kl_interaction import (
@@ -15,19 +15,19 @@ from nested_reft_mcore.algorithm.kl_interaction import (
     recommend,
 )
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, Part, draw_plan
-from nested_reft_mcore.algorithm.sensitivity import SensitivityLaw, SkipOption
+from nested_reft_mcore.algorithm.sensitivity import SensitivityLaw
 from nested_reft_mcore.analysis.decode_times import measure_decode_times
 from nested_reft_mcore.analysis.plan_meter import PlanMeter
 from nested_reft_mcore.analysis.probe_compare import compare_laws
 from nested_reft_mcore.analysis.probe_plot import plot_probe
 from nested_reft_mcore.analysis.probe_report import print_probe
 from nested_reft_mcore.analysis.skip_times import SkipTimes
+from nested_reft_mcore.checkpoints.publish import write_whole
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.probe import ProbeOptions
 from nested_reft_mcore.config.probe_record import (
     Advice,
     ComparedLaw,
-    DecodeTimes,
     Divergence,
     FittedInteraction,
     LawAdvice,
@@ -53,6 +53,7 @@ from nested_reft_mcore.training.inference import read_prompts
 from nested_reft_mcore.training.policy_setup import load_policy, load_policy_tokenizer
 from nested_reft_mcore.training.replicas import gather_from_replicas
 from nested_reft_mcore.training.sampling import stop_token_ids
+from nested_reft_mcore.training.sensitivity_law import law_of_parts
 
 PARTS: tuple[Part, ...] = ("layer", "attention", "mlp")
 _LEVELS = (0.3, 0.6, 1.0)
@@ -121,12 +122,12 @@ def probe_policy(options: ProbeOptions, context: ParallelContext) -> None:
 
 def write_probe(record: ProbeRecord, path: str) -> None:
     """Write the record as JSON, aside first."""
+    # A link stays a link: what it points to is replaced.
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False)
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(target)
+    write_whole(
+        target, json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+    )
 
 
 class Probe:
@@ -156,8 +157,9 @@ class Probe:
             repeats=options.repeats,
         )
         self._times = SkipTimes.of(times, policy.stage_of_layer)
-        parts = self._single_parts(times)
-        self._options_of_law = tuple(SkipOption(p.layer, p.part, p.kl, p.seconds) for p in parts)
+        parts = self._single_parts()
+        self._law_of = partial(law_of_parts, parts, times, stage_of_layer=policy.stage_of_layer)
+        self._own_kl = {(p.layer, p.part): p.kl for p in parts}
         advices, plans = self._random_layers(parts)
         calibration = self._calibration_plans()
         fit, largest = self._fit(calibration, plans)
@@ -197,11 +199,11 @@ class Probe:
         budgets, stages = self._options.compare_budgets, self._policy.stage_of_layer
         return compare_laws(record, budgets, stages, self._options.seed, self._measure)
 
-    def _single_parts(self, times: DecodeTimes) -> list[ProbedPart]:
+    def _single_parts(self) -> list[ProbedPart]:
         layers = range(self._num_layers)
         entries: list[tuple[int, Part]] = [(layer, part) for part in PARTS for layer in layers]
         plans = [LayerSkipPlan(self._num_layers, frozenset({entry})) for entry in entries]
-        seconds = {"layer": times.layer, "attention": times.attention, "mlp": times.mlp}
+        seconds = self._times.part_seconds
         found = self._measure(plans, "one part")
         return [
             ProbedPart(layer=layer, part=part, seconds=seconds[part], **divergence.model_dump())
@@ -289,15 +291,7 @@ class Probe:
     def _law(self, kl_budget: float, interaction: KlInteraction) -> SensitivityLaw | None:
         """The law on this policy's stages; None where the budget buys nothing."""
         try:
-            return SensitivityLaw(
-                num_layers=self._num_layers,
-                options=self._options_of_law,
-                layer_seconds=self._times.layer,
-                stage_of_layer=self._policy.stage_of_layer,
-                kl_budget=kl_budget,
-                interaction=interaction,
-                stage_extra_seconds=self._times.stage_extra,
-            )
+            return self._law_of(interaction=interaction, kl_budget=kl_budget)
         except ValueError:
             return None
 
@@ -309,22 +303,14 @@ class Probe:
 
     def _law_advice(self, law: SensitivityLaw | None, parts: Sequence[ProbedPart]) -> LawAdvice:
         budget = self._options.kl_budget
-        layers = {p.layer for p in parts if p.kl <= budget}
+        affordable = {p.layer for p in parts if p.kl <= budget}
         drawn = self._draw(law, _ADVICE_DRAWS, _ADVICE)
-        if law is None:
-            return LawAdvice(
-                kl_budget=budget,
-                num_plans=0,
-                speedup=1.0,
-                predicted_kl=0.0,
-                never_skipped=tuple(sorted(set(range(self._num_layers)) - layers)),
-            )
         return LawAdvice(
             kl_budget=budget,
-            num_plans=law.num_plans,
-            speedup=sum(map(self._times.speedup, drawn)) / len(drawn),
-            predicted_kl=sum(map(law.predicted_kl, drawn)) / len(drawn),
-            never_skipped=tuple(sorted(set(range(self._num_layers)) - layers)),
+            num_plans=law.num_plans if law else 0,
+            speedup=sum(map(self._times.speedup, drawn)) / len(drawn) if drawn else 1.0,
+            predicted_kl=sum(map(law.predicted_kl, drawn)) / len(drawn) if law else 0.0,
+            never_skipped=tuple(sorted(set(range(self._num_layers)) - affordable)),
         )
 
     def _planned(
@@ -350,8 +336,7 @@ class Probe:
         )
 
     def _total(self, plan: LayerSkipPlan) -> float:
-        own = {(option.layer, option.part): option.kl for option in self._options_of_law}
-        return sum(own[entry] for entry in plan.skipped)
+        return sum(self._own_kl[entry] for entry in plan.skipped)
 
     def _measure(self, plans: Sequence[LayerSkipPlan], title: str) -> list[Divergence]:
         """Measure plans, with progress if there is something new."""

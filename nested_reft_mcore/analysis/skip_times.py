@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, Part
+from nested_reft_mcore.algorithm.skip_schedule import head_on_last_stage
 from nested_reft_mcore.config.probe_record import DecodeTimes
 
 
@@ -26,7 +27,7 @@ class SkipTimes:
             "attention": times.attention,
             "mlp": times.mlp,
         }
-        return cls(seconds, stage_of_layer, (*[0.0] * (num_stages - 1), times.head))
+        return cls(seconds, stage_of_layer, head_on_last_stage(times.head, num_stages))
 
     @property
     def layer(self) -> float:

@@ -18,7 +18,11 @@ from nested_reft_mcore.cli.options import (
     Dtype,
     Hf,
     PipelineParallel,
+    StopStrings,
+    StopTokens,
+    Template,
     TensorParallel,
+    TokenizerPath,
     fields,
 )
 from nested_reft_mcore.cli.probe import probe
@@ -55,10 +59,6 @@ Overrides = Annotated[
     typer.Argument(
         metavar="SECTION.FIELD=VALUE", help="Options that replace the file's, read as YAML."
     ),
-]
-TokenizerPath = Annotated[
-    str | None,
-    typer.Option("--tokenizer", metavar="PATH", help="Tokenizer, if not the model's own."),
 ]
 SkipLayers = Annotated[
     str | None,
@@ -204,18 +204,10 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Keep tokens of this mass.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 256,
     num_samples: Annotated[int, typer.Option(help="Completions of each prompt.")] = 1,
-    stop_tokens: Annotated[
-        list[str] | None,
-        typer.Option("--stop-token", help="A token that ends a completion; may be repeated."),
-    ] = None,
-    template: Annotated[
-        str, typer.Option(metavar="none|chat", help="chat: prompts go through the template.")
-    ] = "none",
+    stop_tokens: StopTokens = None,
+    template: Template = "none",
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Write logprobs.")] = False,
-    stop_strings: Annotated[
-        list[str] | None,
-        typer.Option("--stop-string", help="A text that ends a completion; may be repeated."),
-    ] = None,
+    stop_strings: StopStrings = None,
     speculative: Annotated[
         bool,
         typer.Option(

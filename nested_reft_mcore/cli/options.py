@@ -10,6 +10,21 @@ Hf = Annotated[str | None, typer.Option("--hf", metavar="DIR", help="Hugging Fac
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="DIR", help="Checkpoint, or a directory of some.")
 ]
+TokenizerPath = Annotated[
+    str | None,
+    typer.Option("--tokenizer", metavar="PATH", help="Tokenizer, if not the model's own."),
+]
+StopTokens = Annotated[
+    list[str] | None,
+    typer.Option("--stop-token", help="A token that ends a completion; may be repeated."),
+]
+StopStrings = Annotated[
+    list[str] | None,
+    typer.Option("--stop-string", help="A text that ends a completion; may be repeated."),
+]
+Template = Annotated[
+    str, typer.Option(metavar="none|chat", help="chat: prompts go through the template.")
+]
 Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16", help="Type of the weights.")]
 TensorParallel = Annotated[int, typer.Option(help="Processes that share each layer.")]
 PipelineParallel = Annotated[int, typer.Option(help="Stages that the layers are cut into.")]

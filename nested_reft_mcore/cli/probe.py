@@ -11,7 +11,11 @@ from nested_reft_mcore.cli.options import (
     Dtype,
     Hf,
     PipelineParallel,
+    StopStrings,
+    StopTokens,
+    Template,
     TensorParallel,
+    TokenizerPath,
     fields,
 )
 
@@ -23,10 +27,7 @@ def probe(
     ],
     hf: Hf = None,
     checkpoint: Checkpoint = None,
-    tokenizer_path: Annotated[
-        str | None,
-        typer.Option("--tokenizer", metavar="PATH", help="Tokenizer, if not the model's own."),
-    ] = None,
+    tokenizer_path: TokenizerPath = None,
     plot: Annotated[
         str | None, typer.Option(metavar="FILE", help="PNG to write; default: beside the JSON.")
     ] = None,
@@ -40,17 +41,9 @@ def probe(
     num_samples: Annotated[int, typer.Option(help="Sampled answers to each prompt.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
     temperature: Annotated[float, typer.Option(help="Temperature of the training to come.")] = 1.0,
-    stop_tokens: Annotated[
-        list[str] | None,
-        typer.Option("--stop-token", help="A token that ends an answer; may be repeated."),
-    ] = None,
-    stop_strings: Annotated[
-        list[str] | None,
-        typer.Option("--stop-string", help="A text that ends an answer; may be repeated."),
-    ] = None,
-    template: Annotated[
-        str, typer.Option(metavar="none|chat", help="chat: prompts go through the template.")
-    ] = "none",
+    stop_tokens: StopTokens = None,
+    stop_strings: StopStrings = None,
+    template: Template = "none",
     context_length: Annotated[
         int | None, typer.Option(help="Positions attended to where time is measured; 1024.")
     ] = None,

@@ -24,6 +24,13 @@ def barrier() -> None:
         )
 
 
+def from_last_stage(values: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    """Give every pipeline stage the last one's tensor; overwrites the others'."""
+    if context.pipeline.group is not None:
+        dist.broadcast(values, src=context.pipeline.ranks[-1], group=context.pipeline.group)
+    return values
+
+
 def gather_all(value: Any, context: ParallelContext) -> list[Any]:
     """The value of every process, in order of rank, on every process."""
     if context.world_size == 1:

@@ -6,19 +6,18 @@ travels is a few numbers a token. Pipeline stages run Megatron's own schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.launch.context import ParallelContext, ParallelDimension
+from nested_reft_mcore.launch.context import ParallelDimension
+from nested_reft_mcore.mcore.agreement import from_last_stage
+from nested_reft_mcore.mcore.micro_batches import equal_micro_batches
 from nested_reft_mcore.mcore.model import Policy
+from nested_reft_mcore.mcore.pipeline import run_schedule
 from nested_reft_mcore.rollout.batch import TrainingBatch
 
 
@@ -47,35 +46,32 @@ class DivergenceMeter:
         self._temperature = temperature
         self._micro_batch_size = micro_batch_size
         self._num_rows = len(batch)
-        context = policy.context
-        self._batches = _whole_schedule(batch, micro_batch_size, context)
+        self._made = equal_micro_batches(batch, micro_batch_size, policy.context)
         with policy.nested(LayerSkipPlan.full(policy.architecture.num_layers)):
             self._full = self._logprobs()
 
     @property
     def num_tokens(self) -> Tensor:
         """Response tokens of each sequence, `[batch]` float64."""
-        masks = torch.cat([batch.response_mask for batch in self._batches])
+        masks = torch.cat([batch.response_mask for batch in self._made.batches])
         return masks.sum(dim=1)[: self._num_rows].double()
 
     def measure(self, plan: LayerSkipPlan) -> SequenceDivergence:
         """Run the policy under `plan` and compare; the same result on every process."""
         context = self._policy.context
-        rows = self._micro_batch_size * len(self._batches)
+        rows = self._micro_batch_size * len(self._made.batches)
         sums = torch.zeros((2, rows), dtype=torch.float64, device=context.device)
         with self._policy.nested(plan):
             nested = self._logprobs()
         if context.is_last_stage:
             parts = []
-            for batch, ours, full in zip(self._batches, nested, self._full, strict=True):
+            for batch, ours, full in zip(self._made.batches, nested, self._full, strict=True):
                 values = _divergence(ours, full, context.tensor)
                 by_row = sums.new_zeros((2, self._micro_batch_size))
                 row_of_token = batch.response_mask.nonzero()[:, 0].to(context.device)
                 parts.append(by_row.index_add_(1, row_of_token, values))
             sums = torch.cat(parts, dim=1)
-        if context.pipeline.group is not None:
-            dist.broadcast(sums, src=context.pipeline.ranks[-1], group=context.pipeline.group)
-        kl, overlap = sums.cpu()[:, : self._num_rows]
+        kl, overlap = from_last_stage(sums, context).cpu()[:, : self._num_rows]
         return SequenceDivergence(kl, overlap)
 
     def _logprobs(self) -> list[Tensor]:
@@ -89,20 +85,7 @@ class DivergenceMeter:
             collected.append(_shard_logprobs(chosen, self._temperature, vocab_size, context.tensor))
             return logits.new_zeros(()), torch.ones((), dtype=torch.int, device=logits.device), None
 
-        def forward_step(batches: Iterator[TrainingBatch], chunk: Any) -> tuple[Tensor, Any]:
-            batch = next(batches).to(context.device)
-            return chunk(batch.tokens, batch.position_ids, None), partial(keep, batch)
-
-        with torch.no_grad():
-            get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=[iter(self._batches) for _ in policy.modules],
-                model=policy.modules,
-                num_microbatches=len(self._batches),
-                seq_length=self._batches[0].tokens.shape[1],
-                micro_batch_size=self._micro_batch_size,
-                forward_only=True,
-            )
+        run_schedule(policy, self._made, keep, forward_only=True)
         return collected
 
 
@@ -134,15 +117,3 @@ def _divergence(nested: Tensor, full: Tensor, tensor: ParallelDimension) -> Tens
     if tensor.group is not None:
         dist.all_reduce(sums, group=tensor.group)
     return sums
-
-
-def _whole_schedule(
-    batch: TrainingBatch, micro_batch_size: int, context: ParallelContext
-) -> list[TrainingBatch]:
-    """Micro-batches, as many as the interleaved schedule asks for; added ones hold no response."""
-    micro_batches = list(batch.micro_batches(micro_batch_size))
-    multiple = context.pipeline.size if context.num_chunks > 1 else 1
-    nothing = replace(
-        micro_batches[0], response_mask=torch.zeros_like(micro_batches[0].response_mask)
-    )
-    return micro_batches + [nothing] * (-len(micro_batches) % multiple)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.mcore.agreement import from_last_stage
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.packing import (
     deal_rows,
@@ -70,9 +71,7 @@ class MicroBatches:
         if is_exchanged and context.is_last_stage:
             # Every row was one replica's: all others add nothing to it.
             dist.all_reduce(whole, group=context.data.group)
-        if context.pipeline.group is not None:
-            dist.broadcast(whole, src=context.pipeline.ranks[-1], group=context.pipeline.group)
-        return tuple(whole[:, self.own_rows, : self.own_width].cpu())
+        return tuple(from_last_stage(whole, context)[:, self.own_rows, : self.own_width].cpu())
 
 
 def equal_micro_batches(

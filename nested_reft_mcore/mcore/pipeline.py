@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.mcore.agreement import from_last_stage
 from nested_reft_mcore.mcore.logprobs import token_logprobs
 from nested_reft_mcore.mcore.micro_batches import (
     MicroBatches,
@@ -112,7 +113,7 @@ def forward_logits(policy: Policy, tokens: Tensor) -> Tensor | None:
         )
     width = policy.padded_vocab_size // context.tensor.size
     shard = torch.zeros((*tokens.shape, width), dtype=torch.float32, device=context.device)
-    shard = _from_last_stage(collected[0] if collected else shard, context)
+    shard = from_last_stage(collected[0] if collected else shard, context)
     shards = [shard]
     if context.tensor.group is not None:
         shards = [torch.empty_like(shard) for _ in context.tensor.ranks]
@@ -154,11 +155,7 @@ def run_batch(
         UserError: a sequence is longer than `max_tokens_per_micro_batch`.
     """
     context, config = policy.context, policy.transformer_config
-    if max_tokens_per_micro_batch is None:
-        made = equal_micro_batches(batch, micro_batch_size, context)
-    else:
-        multiple = context.tensor.size if config.sequence_parallel else 1
-        made = filled_micro_batches(batch, max_tokens_per_micro_batch, multiple, context)
+    made = _micro_batches(policy, batch, micro_batch_size, max_tokens_per_micro_batch)
     collected: list[tuple[Tensor, Tensor]] = []
 
     def loss_of(micro_batch: TrainingBatch, hidden: Tensor) -> tuple[Any, ...]:
@@ -177,7 +174,8 @@ def run_batch(
         loss_sum, num_tokens, output = loss(logprobs, entropies, micro_batch)
         return loss_sum, num_tokens.to(torch.int), output
 
-    outputs = _run_schedule(policy, made, loss_of, forward_only=forward_only)
+    with hidden_states_out(policy.chunks):
+        outputs = run_schedule(policy, made, loss_of, forward_only=forward_only)
     columns = list(zip(*collected, strict=True)) or [(), ()]
     logprobs, entropies = made.gather(columns, context)
     if not context.is_last_stage:
@@ -185,14 +183,29 @@ def run_batch(
     return PassResult(logprobs, entropies, outputs, made.num_tokens, made.num_places)
 
 
-def _run_schedule(
+def _micro_batches(
+    policy: Policy, batch: TrainingBatch, micro_batch_size: int, max_tokens: int | None
+) -> MicroBatches:
+    """Those of `micro_batch_size` rows, or those of at most `max_tokens` places."""
+    context = policy.context
+    if max_tokens is None:
+        return equal_micro_batches(batch, micro_batch_size, context)
+    is_cut = policy.transformer_config.sequence_parallel
+    return filled_micro_batches(batch, max_tokens, context.tensor.size if is_cut else 1, context)
+
+
+def run_schedule(
     policy: Policy,
     made: MicroBatches,
     loss: Callable[[TrainingBatch, Tensor], tuple[Any, ...]],
     *,
     forward_only: bool,
 ) -> list[Any]:
-    """Megatron's schedule; `loss` makes of a micro-batch's hidden states what Megatron adds up."""
+    """Megatron's schedule over micro-batches; what `loss` hands back for each, on the last stage.
+
+    `loss` makes of a micro-batch and the model's output, logits `[batch, seq, vocab_local]` or what
+    `hidden_states_out` puts in their place, the three values that Megatron wants of a loss.
+    """
 
     def forward_step(batches: Iterator[TrainingBatch], chunk: Any) -> tuple[Tensor, Any]:
         micro_batch = next(batches).to(policy.context.device)
@@ -201,7 +214,6 @@ def _run_schedule(
 
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(not forward_only))
-        stack.enter_context(hidden_states_out(policy.chunks))
         options: dict[str, Any] = {}
         if made.has_variable_lengths:
             options = stack.enter_context(variable_lengths(policy))
@@ -217,13 +229,6 @@ def _run_schedule(
             **options,
         )
     return outputs
-
-
-def _from_last_stage(values: Tensor, context: ParallelContext) -> Tensor:
-    """Give every stage the last one's tensor."""
-    if context.pipeline.group is not None:
-        dist.broadcast(values, src=context.pipeline.ranks[-1], group=context.pipeline.group)
-    return values
 
 
 def broadcast_object(value: Value, context: ParallelContext) -> Value:

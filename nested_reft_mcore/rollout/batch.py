@@ -85,19 +85,11 @@ class TrainingBatch:
 
     def with_old_logprobs(self, old_logprobs: Float[Tensor, "batch seq"]) -> TrainingBatch:
         """The same batch with the target policy's log-probs; ValueError for another shape."""
-        if old_logprobs.shape != self.tokens.shape:
-            raise ValueError(
-                f"old_logprobs {tuple(old_logprobs.shape)} for tokens {tuple(self.tokens.shape)}"
-            )
-        return replace(self, old_logprobs=old_logprobs.detach().float().to(self.tokens.device))
+        return replace(self, old_logprobs=self._aligned("old_logprobs", old_logprobs))
 
     def with_ref_logprobs(self, ref_logprobs: Float[Tensor, "batch seq"]) -> TrainingBatch:
         """The same batch with the reference's log-probs; ValueError for another shape."""
-        if ref_logprobs.shape != self.tokens.shape:
-            raise ValueError(
-                f"ref_logprobs {tuple(ref_logprobs.shape)} for tokens {tuple(self.tokens.shape)}"
-            )
-        return replace(self, ref_logprobs=ref_logprobs.detach().float().to(self.tokens.device))
+        return replace(self, ref_logprobs=self._aligned("ref_logprobs", ref_logprobs))
 
     def without_responses(self, rows: Bool[Tensor, " batch"]) -> TrainingBatch:
         """The same batch in which the responses of these rows count for nothing."""
@@ -167,6 +159,14 @@ class TrainingBatch:
         width = max(batch.tokens.shape[1] for batch in batches)
         wide = [batch.take(range(len(batch)), width) for batch in batches]
         return wide[0]._map(lambda name, _: torch.cat([getattr(batch, name) for batch in wide]))
+
+    def _aligned(self, name: str, logprobs: Tensor) -> Tensor:
+        """Log-probs that belong to this batch, in its type and on its device, without gradient."""
+        if logprobs.shape != self.tokens.shape:
+            raise ValueError(
+                f"{name} {tuple(logprobs.shape)} for tokens {tuple(self.tokens.shape)}"
+            )
+        return logprobs.detach().float().to(self.tokens.device)
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> TrainingBatch:
         columns = {field.name: getattr(self, field.name) for field in fields(self)}

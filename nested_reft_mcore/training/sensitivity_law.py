@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from nested_reft_mcore.algorithm.kl_interaction import KlInteraction
 from nested_reft_mcore.algorithm.sensitivity import SensitivityLaw, SkipOption
+from nested_reft_mcore.algorithm.skip_schedule import head_on_last_stage
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.config.probe_record import ProbeRecord, read_sensitivity
+from nested_reft_mcore.config.probe_record import (
+    DecodeTimes,
+    ProbedPart,
+    ProbeRecord,
+    read_sensitivity,
+)
 from nested_reft_mcore.config.schema import NestedConfig
 from nested_reft_mcore.mcore.model import Policy
 
@@ -54,16 +62,34 @@ def sensitivity_law(
     saving_tolerance: float = 0.2,
 ) -> SensitivityLaw:
     """The law of a probe for a layout; the head counts on the last stage. ValueError as it says."""
-    num_stages = max(stage_of_layer) + 1
-    return SensitivityLaw(
-        num_layers=record.model.architecture.num_layers,
-        options=tuple(SkipOption(p.layer, p.part, p.kl, p.seconds) for p in record.parts),
-        layer_seconds=record.times.layer,
-        stage_of_layer=stage_of_layer,
-        kl_budget=kl_budget,
-        interaction=KlInteraction(record.interaction.scale, record.interaction.exponent),
-        stage_extra_seconds=(*[0.0] * (num_stages - 1), record.times.head),
+    return law_of_parts(
+        record.parts,
+        record.times,
+        KlInteraction(record.interaction.scale, record.interaction.exponent),
+        kl_budget,
+        stage_of_layer,
         border_layers=border_layers,
         protected_layers=protected_layers,
         saving_tolerance=saving_tolerance,
+    )
+
+
+def law_of_parts(
+    parts: Sequence[ProbedPart],
+    times: DecodeTimes,
+    interaction: KlInteraction,
+    kl_budget: float,
+    stage_of_layer: tuple[int, ...],
+    **restrictions: Any,
+) -> SensitivityLaw:
+    """The same before there is a record; `restrictions` are options of `SensitivityLaw`."""
+    return SensitivityLaw(
+        num_layers=len(stage_of_layer),
+        options=tuple(SkipOption(p.layer, p.part, p.kl, p.seconds) for p in parts),
+        layer_seconds=times.layer,
+        stage_of_layer=stage_of_layer,
+        kl_budget=kl_budget,
+        interaction=interaction,
+        stage_extra_seconds=head_on_last_stage(times.head, max(stage_of_layer) + 1),
+        **restrictions,
     )

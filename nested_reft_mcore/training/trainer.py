@@ -9,7 +9,7 @@ from functools import partial
 import torch.distributed as dist
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule
+from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule, head_on_last_stage
 from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.data.prompts import load_prompts
@@ -205,16 +205,10 @@ def skip_schedule(config: Config, policy: Policy) -> LayerSkipSchedule:
         part=config.nested.part,
         stage_of_layer=policy.stage_of_layer,
         seed=config.seed,
-        stage_extra_cost=_stage_extra_cost(config, policy),
+        stage_extra_cost=head_on_last_stage(config.nested.head_cost, policy.context.pipeline.size),
         protected_layers=config.nested.protected_layers,
         measured=load_sensitivity_law(config.nested, policy) if is_measured else None,
     )
-
-
-def _stage_extra_cost(config: Config, policy: Policy) -> tuple[float, ...]:
-    """What each pipeline stage spends besides its layers, in units of a layer."""
-    num_stages = policy.context.pipeline.size
-    return (*[0.0] * (num_stages - 1), config.nested.head_cost)
 
 
 def check_plan_across_ranks(plan: LayerSkipPlan, context: ParallelContext) -> None:

@@ -176,7 +176,7 @@ def _micro_batch_loss(
         settings,
     )
     terms = {
-        "sums": output.metrics.numbers(),
+        "sums": output.metrics,
         "maxima": output.maxima,
         "log_ratios": output.log_ratios,
     }
@@ -190,7 +190,8 @@ def _global_metrics(
     local: dict[str, Any] = {}
     if context.is_last_stage:
         local = {
-            "sums": MetricSums.total(terms["sums"] for terms in micro_batches),
+            # Read back here, when the schedule is over, and not between its passes.
+            "sums": MetricSums.total(terms["sums"] for terms in micro_batches).numbers(),
             "maxima": _largest(terms["maxima"] for terms in micro_batches),
             "log_ratios": torch.cat([terms["log_ratios"].cpu() for terms in micro_batches]),
         }

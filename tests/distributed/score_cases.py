@@ -60,6 +60,33 @@ def naive(hidden: Tensor, matrix: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     return logprobs, -(rows.exp() * rows).sum(-1)
 
 
+def _exact(
+    hidden: Tensor,
+    matrix: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    weights: tuple[Tensor, Tensor],
+) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """Scores at the places of the mask in float64, and the gradients of their weighted sum."""
+    hidden, matrix = hidden.double().requires_grad_(), matrix.double().requires_grad_()
+    scores = [torch.where(mask, values, 0.0) for values in naive(hidden, matrix, labels)]
+    loss = (weights[0] * scores[0] + weights[1] * scores[1]).sum()
+    grad_hidden, grad_matrix = torch.autograd.grad(loss, (hidden, matrix))
+    return [values.detach() for values in scores], (grad_hidden, grad_matrix)
+
+
+def _shards(
+    hidden: Tensor, matrix: Tensor, mask: Tensor, tensor: ParallelDimension, sequence_parallel: bool
+) -> tuple[Tensor, Tensor]:
+    """This rank's hidden states and matrix: what is not wanted, and rows of padding, hold NaN."""
+    broken = torch.where(mask.t()[..., None], hidden, torch.nan)
+    padded = torch.full((padded_vocab_size(len(matrix), tensor.size), HIDDEN), torch.nan)
+    padded[: len(matrix)] = matrix
+    given = broken.chunk(tensor.size)[tensor.rank] if sequence_parallel else broken
+    weight = padded.chunk(tensor.size)[tensor.rank]
+    return given.clone().requires_grad_(), weight.clone().requires_grad_()
+
+
 def _errors(
     vocab_size: int,
     tensor: ParallelDimension,
@@ -76,19 +103,12 @@ def _errors(
     if is_masked:
         order = torch.randperm(BATCH * SEQ, generator=torch.Generator().manual_seed(0))
         mask = (order < num_wanted).view(BATCH, SEQ)
-    exact = [hidden.double().requires_grad_(), matrix.double().requires_grad_()]
-    expected = [torch.where(mask, values, 0.0) for values in naive(exact[0], exact[1], labels)]
-    factor = entropy_weight or 0.0
-    (per_logprob * expected[0] + factor * per_entropy * expected[1]).sum().backward()
+    per_entropy = per_entropy * (entropy_weight or 0.0)
+    expected, (grad_hidden, grad_weight) = _exact(
+        hidden, matrix, labels, mask, (per_logprob, per_entropy)
+    )
 
-    # What is not wanted holds NaN, and so do the rows that pad the vocabulary.
-    broken = torch.where(mask.t()[..., None], hidden, torch.nan)
-    num_rows = padded_vocab_size(vocab_size, tensor.size)
-    padded = torch.full((num_rows, HIDDEN), torch.nan)
-    padded[:vocab_size] = matrix
-    weight = padded.chunk(tensor.size)[tensor.rank].clone().requires_grad_()
-    given = broken.chunk(tensor.size)[tensor.rank] if sequence_parallel else broken
-    given = given.clone().requires_grad_()
+    given, weight = _shards(hidden, matrix, mask, tensor, sequence_parallel)
     logprobs, entropies = token_logprobs(
         given,
         weight,
@@ -105,23 +125,20 @@ def _errors(
         logprobs, entropies = (torch.where(mask, v, 0.0) for v in (logprobs, entropies))
     loss = (per_logprob * logprobs).sum()
     if entropy_weight is not None:
-        loss = loss + (entropy_weight * per_entropy * entropies).sum()
+        loss = loss + (per_entropy * entropies).sum()
     loss.backward()
     assert logprobs.dtype == entropies.dtype == torch.float32
     assert given.grad is not None
     assert weight.grad is not None
-    grad_hidden, grad_weight = (values.grad for values in exact)
-    assert grad_hidden is not None
-    assert grad_weight is not None
     if sequence_parallel:
         grad_hidden = grad_hidden.chunk(tensor.size)[tensor.rank]
-    whole = padded.double().zero_()
+    whole = grad_weight.new_zeros(len(weight) * tensor.size, HIDDEN)
     whole[:vocab_size] = grad_weight
     real = max(0, min(vocab_size - tensor.rank * len(weight), len(weight)))
     scale = float(grad_weight.abs().max())
     return {
-        "logprobs": largest(logprobs.detach() - expected[0].detach()),
-        "entropies": largest(entropies.detach() - expected[1].detach()),
+        "logprobs": largest(logprobs.detach() - expected[0]),
+        "entropies": largest(entropies.detach() - expected[1]),
         "hidden gradient": _relative(given.grad - grad_hidden, grad_hidden),
         "weight gradient": largest(weight.grad - whole.chunk(tensor.size)[tensor.rank])
         / (scale or 1.0),

@@ -1,13 +1,11 @@
 """`generate` and `score` through the command line: files in, files out, against transformers."""
 
 import json
-import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,8 @@ from nested_reft_mcore.mcore.initialize import shutdown
 SKIPPED = "1,2.attention"
 NEW_TOKENS = 12
 
+pytestmark = pytest.mark.usefixtures("keep_logging")
+
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,18 +41,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model_with_tokenizer(directory / "model")
     write_lines(directory / "prompts.jsonl", PROMPT_LINES)
     return directory
-
-
-@pytest.fixture(autouse=True)
-def keep_logging_as_it_is() -> Iterator[None]:
-    """Commands in this process set up the console; other tests want theirs."""
-    root, package = logging.getLogger(), logging.getLogger(nested_reft_mcore.__name__)
-    before = (list(root.handlers), root.level, package.level)
-    yield
-    root.handlers[:], level, package_level = before
-    root.setLevel(level)
-    package.setLevel(package_level)
-    logging.captureWarnings(False)
 
 
 def start(room: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

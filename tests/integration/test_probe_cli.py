@@ -1,8 +1,6 @@
 """`probe` through the command line, and a run that draws its plans from what it wrote."""
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,6 @@ import pytest
 from inference_cases import PROMPT_LINES, write_lines, write_model_with_tokenizer
 from typer.testing import CliRunner
 
-import nested_reft_mcore
 from nested_reft_mcore.algorithm.counter_random import Stream
 from nested_reft_mcore.cli import app
 from nested_reft_mcore.config.probe_record import read_probe
@@ -37,6 +34,8 @@ CONFIG: dict[str, Any] = {
     "logging": {"dump_rollouts": True, "tensorboard": False},
 }
 
+pytestmark = pytest.mark.usefixtures("keep_logging")
+
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,16 +49,9 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def at_home(room: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Relative paths start in the room; commands leave the console as other tests want it."""
+def at_home(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths start in the room."""
     monkeypatch.chdir(room)
-    root, package = logging.getLogger(), logging.getLogger(nested_reft_mcore.__name__)
-    before = (list(root.handlers), root.level, package.level)
-    yield
-    root.handlers[:], level, package_level = before
-    root.setLevel(level)
-    package.setLevel(package_level)
-    logging.captureWarnings(False)
 
 
 def call(*arguments: str) -> Any:

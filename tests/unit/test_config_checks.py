@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nested_reft_mcore.algorithm import rejection
+from nested_reft_mcore.config import corrections
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.checkpoint_layout import (
     read_checkpoint_architecture,
@@ -356,3 +358,8 @@ def test_a_micro_batch_has_room_for_the_longest_sequence() -> None:
     spread = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     with pytest.raises(UserError, match="expected at least 42"):
         check_for_training(made(41, **spread))
+
+
+def test_the_configuration_names_the_rejections_there_are() -> None:
+    """The configuration imports no mathematics, so it has a list of its own."""
+    assert corrections.REJECTIONS == rejection.REJECTIONS
