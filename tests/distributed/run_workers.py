@@ -1,6 +1,7 @@
 """Run a function in several real processes that can reach each other.
 
-A process spends some seconds importing torch and Megatron: let one start check many things.
+A process spends some seconds importing torch and Megatron: workers are forked from one that has
+done it and nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import torch
 
 from nested_reft_mcore.launch.context import RankInfo
 
+_WORKERS = multiprocessing.get_context("forkserver")
+_WORKERS.set_forkserver_preload(["nested_reft_mcore.training.trainer"])
+
 
 def run_workers(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
@@ -28,13 +32,12 @@ def run_workers(
     to be importable or picklable, and so does what comes back (no tensors on a device). The first
     process that fails, or the timeout, ends all of them and raises AssertionError.
     """
-    context = multiprocessing.get_context("spawn")
     port = _free_port()
     workers: dict[Connection, tuple[int, Any]] = {}
     for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
+        receiver, sender = _WORKERS.Pipe(duplex=False)
         ranks = RankInfo(rank, world_size, rank, world_size, "127.0.0.1", port, "local")
-        process = context.Process(target=_work, args=(sender, function, ranks, args), daemon=True)
+        process = _WORKERS.Process(target=_work, args=(sender, function, ranks, args), daemon=True)
         process.start()
         sender.close()
         workers[receiver] = (rank, process)
