@@ -68,7 +68,11 @@ def by_arm(rows: Sequence[dict[str, Any]]) -> dict[str, Rows]:
 
 
 def table_of(arms: dict[str, Rows], versus: str) -> list[dict[str, Any]]:
-    """One record an arm. ValueError if the arm to compare with has no runs."""
+    """One record an arm.
+
+    ValueError if the arm to compare with has no runs, or if the runs of a pair were made on
+    processors of two kinds: their warm starts differ.
+    """
     if versus not in arms:
         raise ValueError(f"no runs of {versus!r}; there are {', '.join(arms)}")
     return [_record(name, rows, arms[versus]) for name, rows in arms.items()]
@@ -76,6 +80,7 @@ def table_of(arms: dict[str, Rows], versus: str) -> list[dict[str, Any]]:
 
 def _record(name: str, rows: Rows, reference: Rows) -> dict[str, Any]:
     record: dict[str, Any] = {"arm": name, "seeds": len(rows)}
+    _check_machines(name, rows, reference)
     for measure in ("greedy", "sampled"):
         values, base = _final(rows, measure), _final(reference, measure)
         mean, deviation = mean_and_deviation(list(values.values()))
@@ -101,6 +106,15 @@ def _record(name: str, rows: Rows, reference: Rows) -> dict[str, Any]:
         3,
     )
     return record
+
+
+def _check_machines(name: str, rows: Rows, reference: Rows) -> None:
+    for seed in sorted(rows.keys() & reference.keys()):
+        one, other = (runs[seed]["machine"]["model"] for runs in (rows, reference))
+        if one != other:
+            raise ValueError(
+                f"seed {seed} of {name!r} was run on {one}, of the arm to compare with on {other}"
+            )
 
 
 def _final(rows: Rows, measure: str) -> dict[int, float]:

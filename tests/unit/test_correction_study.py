@@ -236,6 +236,9 @@ def test_table_states_differences_of_pairs():
     assert "**-0.085 (-0.105, -0.065)**" in markdown(table)
     with pytest.raises(ValueError, match="no runs of 'two'"):
         table_of(by_arm(rows), "two")
+    rows[2]["machine"] = {"model": "another"}
+    with pytest.raises(ValueError, match="seed 2 of 'one' was run on another"):
+        table_of(by_arm(rows), "on_policy")
 
 
 def row(arm, seed, accuracy):
@@ -250,5 +253,6 @@ def row(arm, seed, accuracy):
         "evaluations": evaluations,
         "curves": curves,
         "response_length": 3.0,
+        "machine": {"model": "a processor"},
         **numbers,
     }
