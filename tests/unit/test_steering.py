@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_config_checks import config, refusal
 
+from nested_reft_mcore.algorithm.diagnostics import MetricSums, MetricTerms
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule
 from nested_reft_mcore.config.errors import UserError
@@ -142,6 +143,7 @@ def test_a_run_warns_of_an_engine_that_disagrees(plan, replay, k3_kl, warns, cap
     run = SimpleNamespace(
         config=config(rollout={"replay": replay}), context=SimpleNamespace(is_main=True)
     )
-    first = UpdateResult(True, {"rollout_corr/k3_kl": k3_kl}, torch.zeros(1, 1))
+    nothing = MetricTerms(MetricSums({}, {}), {}, torch.zeros(0))
+    first = UpdateResult(True, nothing, {"rollout_corr/k3_kl": k3_kl}, torch.zeros(1, 1))
     _check_engine_noise(cast(Any, run), LayerSkipPlan.parse(plan, 12), first)
     assert ("every importance ratio is off by that" in caplog.text) == warns
