@@ -81,7 +81,7 @@ class MetricSums:
 
 @dataclass(frozen=True)
 class MetricTerms:
-    """What the metrics of some tokens are made of; adds over micro-batches, replicas and updates."""
+    """What metrics are made of, of some tokens; adds over micro-batches, replicas and updates."""
 
     sums: MetricSums
     maxima: Mapping[str, Number]
