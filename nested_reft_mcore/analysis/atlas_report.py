@@ -161,7 +161,9 @@ def _denominator_table(atlas: Atlas) -> str:
         (name, *(cell(point) for point in points))
         for name, points in _by_name(atlas.select("denominator"), with_section=True).items()
     ]
-    return _markdown((f"bias / cosine / variance / batch of {sizes[0]} / {sizes[1]}", *_depths(atlas)), rows)
+    return _markdown(
+        (f"bias / cosine / variance / batch of {sizes[0]} / {sizes[1]}", *_depths(atlas)), rows
+    )
 
 
 def _group_table(atlas: Atlas) -> str:
