@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
-from nested_reft_mcore.config.checks import check_batches
+from nested_reft_mcore.config.checks import check_batches, check_for_training
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import config_from_dict
 from nested_reft_mcore.config.schema import Config
@@ -108,6 +108,7 @@ def _tried(
     try:
         other = changed(config, joined)
         layout = Layout.of(architecture, other.parallel, nodes, gpus_per_node)
+        check_for_training(other)
         check_batches(other, layout.data)
         fits, worst = judge(other, nodes)
     except UserError:
@@ -128,8 +129,9 @@ def _changes(
         longest = config.data.max_prompt_length + config.rollout.max_new_tokens
         if longest < train.max_tokens_per_micro_batch:
             yield _one("train.max_tokens_per_micro_batch", longest)
-    for size in _halves(train.micro_batch_size):
-        yield _one("train.micro_batch_size", size)
+    else:
+        for size in _halves(train.micro_batch_size):
+            yield _one("train.micro_batch_size", size)
     if config.rollout.kv_cache_gb is not None:
         yield _one("rollout.kv_cache_gb", round(config.rollout.kv_cache_gb / 2, 2))
         yield _one("rollout.kv_cache_gb", None)

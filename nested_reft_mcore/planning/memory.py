@@ -10,7 +10,7 @@ from nested_reft_mcore.planning.generation_memory import CacheMemory, cache_memo
 from nested_reft_mcore.planning.hardware import HardwareProfile
 from nested_reft_mcore.planning.layer_costs import FLOAT32, Kernels
 from nested_reft_mcore.planning.layout import Layout
-from nested_reft_mcore.planning.workload import ITEMSIZE, Workload, workload_of
+from nested_reft_mcore.planning.workload import ITEMSIZE, workload_of
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,3 @@ def _host_saving(config: Config, layout: Layout, replica: int, stage: int) -> in
         return gathered
     copied = gathered if config.checkpoint.async_save else 0
     return gathered + copied + static.weights
-
-
-def workload(config: Config, layout: Layout, kernels: Kernels = "fused") -> Workload:
-    """Sizes of a step, for reports."""
-    return workload_of(config, layout, kernels)

@@ -82,9 +82,9 @@ def _asked(plan: RunPlan) -> list[str]:
         f"layout: {layout.world_size} GPUs = TP {layout.tensor} x PP {layout.pipeline}{virtual} x "
         f"DP {layout.data}, {layout.gpus_per_node} a node",
         f"step: {workload.num_prompts * layout.data} prompts x {plan.config.rollout.group_size} "
-        f"completions, sequences of up to {workload.longest} tokens; micro-batches of "
-        f"{workload.shape.tokens // workload.longest} such sequences, "
-        f"{workload.num_micro_batches} an update and replica",
+        f"completions, sequences of up to {workload.longest} tokens; micro-batches of up to "
+        f"{workload.shape.tokens} tokens, {workload.num_micro_batches} an update and replica where "
+        "all are longest",
     ]
     if not layout.tensor_is_local:
         lines.append("note: tensor-parallel ranks are on several nodes, which is slow")
@@ -180,8 +180,9 @@ def _time(plan: RunPlan) -> list[str]:
     )
     changed = plan.hardware.assumptions.model_dump()
     assumed = ", ".join(f"{name}={value:g}" for name, value in changed.items())
+    if_it_fit = "" if plan.fits else " (if it did fit)"
     return [
-        f"predicted step on {plan.hardware.name}: {time.total:.3g} s: {split}",
+        f"predicted step on {plan.hardware.name}{if_it_fit}: {time.total:.3g} s: {split}",
         f"throughput: {time.tokens_per_second:,.0f} tokens/s a GPU, "
         f"{time.tokens_per_second * time.world_size:,.0f} in all; pipeline bubble of the update "
         f"{time.bubble:.0%}",

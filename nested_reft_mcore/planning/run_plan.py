@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nested_reft_mcore.config.checks import check_architecture, check_batches, check_depth
+from nested_reft_mcore.config.checks import (
+    check_architecture,
+    check_batches,
+    check_depth,
+    check_for_training,
+)
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.hf.config import model_architecture, model_source
@@ -99,8 +104,8 @@ def make_plan(
         hardware: A profile, or the name or file of one.
 
     Raises:
-        UserError: the layout does not fit model or machines, or batches do not fit replicas; the
-            message names the option.
+        UserError: what `train` would refuse: the layout does not fit model or machines, batches do
+            not fit replicas, a micro-batch has no room; the message names the option.
     """
     if isinstance(hardware, str):
         hardware = load_hardware(hardware)
@@ -114,6 +119,7 @@ def make_plan(
             f"--gpu-memory {memory_gb:g}: nothing is left of it after the reserve of "
             f"{hardware.assumptions.reserve_gb:g} GB; expected more (in 10^9 bytes)"
         )
+    check_for_training(config)
     architecture = model_architecture(config.model)
     check_architecture(architecture, model_source(config.model))
     check_depth(config, architecture.num_layers)
@@ -131,7 +137,8 @@ def make_plan(
             return fits, max(rank.peak[1] for rank in needed)
 
         advice = advise(config, architecture, nodes, gpus_per_node, judge)
-    slots = min(rank.rollout.slots for rank in ranks)
+    # Where nothing fits the times are those of a machine that had the room.
+    slots = min(rank.rollout.slots for rank in ranks) or workload.wanted_slots
     model = StepModel(config, layout, workload, hardware, slots)
     return RunPlan(
         config,

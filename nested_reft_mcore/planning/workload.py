@@ -46,8 +46,11 @@ def workload_of(config: Config, layout: Layout, kernels: Kernels) -> Workload:
     tokens = config.data.max_prompt_length + rollout.max_new_tokens - 1
     longest = -(-tokens // multiple) * multiple
     rows = min(train.micro_batch_size, per_update)
+    most = rows * longest
     if train.max_tokens_per_micro_batch is not None:
         rows = min(max(1, train.max_tokens_per_micro_batch // longest), per_update)
+        # Shorter sequences fill it up to the last token.
+        most = min(train.max_tokens_per_micro_batch // multiple * multiple, per_update * longest)
     count = -(-per_update // rows)
     if layout.num_chunks > 1:
         # The interleaved schedule wants a multiple of the number of stages.
@@ -59,14 +62,14 @@ def workload_of(config: Config, layout: Layout, kernels: Kernels) -> Workload:
         num_sequences=sequences,
         longest=longest,
         shape=ActivationShape(
-            tokens=rows * longest,
+            tokens=most,
             length=longest,
             itemsize=ITEMSIZE[config.model.dtype],
             sequence_shards=layout.tensor if layout.sequence_parallel else 1,
             kernels=kernels,
         ),
         num_micro_batches=count,
-        chunk_tokens=min(chunk, rows * longest),
+        chunk_tokens=min(chunk, most),
         wanted_slots=min(sequences, rollout.max_slots or MOST_SLOTS),
         slot_length=tokens + drafted,
     )
