@@ -37,8 +37,6 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 # : "${LAUNCHER:=srun}"
 # Options of every srun.
 # SRUN_OPTIONS=(--mpi=none --cpu-bind=cores)
-# Checks of every node before training; 0 leaves them out.
-# : "${PREFLIGHT:=1}"
 # Once a task has ended, the others get so many seconds until srun ends them by force. Must be longer
 # than what the last rank does alone at the end of a run.
 # : "${PATIENCE_SECONDS:=60}"

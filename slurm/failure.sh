@@ -31,7 +31,7 @@ explain() {
     log=${TASK_LOG/\%3t/$(printf '%03d' "$FAILED_TASK")}
     # What all ranks have found, rank 0 tells for all.
     [[ -s $log ]] || log=${TASK_LOG/\%3t/000}
-    text=$(grep -i 'error' "$log" | tail -n 1)
+    text=$(grep -v '^slurmstepd' "$log" | grep -i 'error' | tail -n 1)
     printf -- '--- %s, end of %s ---\n' "$unit $FAILED_TASK on $FAILED_HOST" "$log"
     tail -n 20 "$log"
     printf -- '---\n'

@@ -16,7 +16,7 @@ function code_of(reason, words) {
   return 143
 }
 
-/^srun: (Terminating|forcing job termination)/ { forced = 1 }
+/^srun: .*(Terminating StepId|forcing job termination|Job step aborted)/ { forced = 1 }
 
 /^srun: error: Node failure on/ { consider(forced ? 3 : 0, 4, "", "", substr($0, 14)) }
 

@@ -15,7 +15,7 @@ fail() {
   exit 2
 }
 
-# train_job CONFIG [ARGUMENT ...]: preflight, then training; comes back after a stop. Returns after
+# train_job CONFIG [ARGUMENT ...]: training, preflight included; comes back after a stop. Returns after
 # the last step of the run, or else ends the job.
 # ARGUMENT: another CONFIG.yaml (first), --dry-run, options of `nested-reft train`, SECTION.FIELD=VALUE.
 train_job() {
@@ -31,10 +31,6 @@ train_job() {
   check_run
   rm -f "$RUN_DIR/requeue"
   LOGS=$RUN_DIR/logs/job_$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-  if ((PREFLIGHT)); then
-    run_ranks preflight preflight "$CONFIG" "${ARGUMENTS[@]}"
-    ((CODE == 0)) || end_training preflight
-  fi
   run_ranks train train "$CONFIG" "${ARGUMENTS[@]}"
   ((CODE == 0)) && [[ ! -f $RUN_DIR/requeue ]] || end_training train
 }
@@ -108,7 +104,7 @@ read_site() {
   else
     fail "$file is missing; make it with \`cp slurm/env.example.sh slurm/env.sh\` and edit it"
   fi
-  : "${WORK_DIR:=$PROJECT}" "${LAUNCHER:=srun}" "${PREFLIGHT:=1}" "${PATIENCE_SECONDS:=60}"
+  : "${WORK_DIR:=$PROJECT}" "${LAUNCHER:=srun}" "${PATIENCE_SECONDS:=60}"
   : "${MAX_IDLE_RESTARTS:=3}" "${REQUEUE_ON:=}" "${CONTAINER_IMAGE:=}" "${CONTAINER_RUNTIME:=pyxis}"
   if [[ -z ${PYTHON-} ]]; then
     PYTHON=python3

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from run_cases import LAUNCH_VARIABLES, PATIENCE_SECONDS, REPOSITORY, write_room
+from run_cases import LAUNCH_VARIABLES, PATIENCE_SECONDS, REPOSITORY
 from slurm_cluster import SlurmCluster
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
@@ -65,20 +65,18 @@ class Job:
 
 @dataclass
 class JobRoom:
-    """A directory with the tiny task and configuration, and an env.sh that says so."""
+    """A working directory of jobs, and an env.sh that says so."""
 
     directory: Path
     cluster: SlurmCluster
     number: int = field(default=0)
 
-    def prepare(self) -> None:
-        """Write everything."""
-        write_room(self.directory)
-        self.write_site(PREFLIGHT="0")
+    def __post_init__(self) -> None:
+        self.write_site()
 
     @property
     def config(self) -> str:
-        """The tiny configuration's file."""
+        """The file that `write_room` writes."""
         return str(self.directory / "config.yaml")
 
     def write_site(self, **settings: str) -> None:

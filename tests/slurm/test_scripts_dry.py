@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from job_cases import JobRoom, sizes
+from run_cases import write_room
 from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -13,9 +14,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def room(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> JobRoom:
-    room = JobRoom(tmp_path_factory.mktemp("room"), cluster)
-    room.prepare()
-    return room
+    directory = tmp_path_factory.mktemp("room")
+    write_room(directory)
+    return JobRoom(directory, cluster)
 
 
 def test_dry_run_of_the_shipped_script_on_four_nodes(room: JobRoom) -> None:
