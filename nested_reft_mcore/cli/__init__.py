@@ -15,16 +15,26 @@ from nested_reft_mcore.cli.atlas import atlas
 from nested_reft_mcore.cli.bench import bench_app
 from nested_reft_mcore.cli.options import (
     Checkpoint,
+    ConfigFile,
+    DryGpus,
+    DryNodes,
+    DryRun,
     Dtype,
+    Force,
     Hf,
+    Overrides,
     PipelineParallel,
     StopStrings,
     StopTokens,
     Template,
     TensorParallel,
     TokenizerPath,
+    Tolerance,
+    Verify,
+    WrittenDtype,
     fields,
 )
+from nested_reft_mcore.cli.plan import plan
 from nested_reft_mcore.cli.probe import probe
 
 app = typer.Typer(
@@ -49,29 +59,13 @@ convert_app = typer.Typer(
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(atlas)
+app.command()(plan)
 app.command()(probe)
 
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/configuration.md lists options.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="SECTION.FIELD=VALUE", help="Options that replace the file's, read as YAML."
-    ),
-]
 SkipLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Layers or parts not to run: 3,5.attention,7.mlp."),
 ]
-WrittenDtype = Annotated[
-    str, typer.Option(metavar="auto|float32|bfloat16", help="Type of the written weights.")
-]
-Verify = Annotated[
-    bool, typer.Option("--verify", help="Compare float32 logits of both models; 1 if they differ.")
-]
-Tolerance = Annotated[float, typer.Option(help="Largest difference that --verify accepts.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output of the same kind.")]
 
 
 def main() -> None:
@@ -99,6 +93,7 @@ def describe(
     \b
     A run from start to end:
       nested-reft doctor                        is everything there?
+      nested-reft plan config.yaml --nodes 2    does it fit?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
       nested-reft evaluate config.yaml          full-depth accuracy
@@ -112,7 +107,13 @@ def describe(
 
 @app.command()
 def train(
-    config: ConfigFile, overrides: Overrides = None, hf: Hf = None, checkpoint: Checkpoint = None
+    config: ConfigFile,
+    overrides: Overrides = None,
+    hf: Hf = None,
+    checkpoint: Checkpoint = None,
+    dry_run: DryRun = False,
+    nodes: DryNodes = None,
+    gpus_per_node: DryGpus = None,
 ) -> None:
     """Fine-tune with rewards: nested rollouts, importance correction, full-depth updates.
 
@@ -126,12 +127,19 @@ def train(
       nested-reft train config.yaml nested.num_skipped=4 optimizer.lr=1e-6
       nested-reft train config.yaml --hf models/base run_dir=runs/second
       nested-reft train config.yaml parallel.pipeline_model_parallel_size=2
+      nested-reft train config.yaml --dry-run --nodes 2 --gpus-per-node 8
       srun --ntasks=16 nested-reft train config.yaml
     """
+    from nested_reft_mcore.cli.dry_run import run_dry
     from nested_reft_mcore.cli.entry import leave
     from nested_reft_mcore.cli.runs import run_train, with_model
 
-    leave(lambda: run_train(config, with_model(overrides or [], hf, checkpoint)))
+    def run() -> int:
+        options = with_model(overrides or [], hf, checkpoint)
+        dry = run_dry(config, options, nodes, gpus_per_node) if dry_run else None
+        return run_train(config, options) if dry is None else dry
+
+    leave(run)
 
 
 @app.command()
