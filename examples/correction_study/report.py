@@ -26,6 +26,8 @@ LAST_STEPS = 10
 """Steps at the end that a reward is the mean of."""
 LEAST_PAIRS = 3
 """Pairs from which on an interval is shown; two give one that nobody should read."""
+MANY_SEEDS = 7
+"""Of an arm that a figure shows, where there are such arms."""
 CURVES = {
     "reward": "reward of the rollouts, behavior policy",
     "kl": "KL(behavior || target), nats a token",
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS_DIRECTORY)
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     parser.add_argument("--versus", default=REFERENCE, help="arm that the others are compared with")
-    parser.add_argument("--arm", action="append", help="in the figure; default: 8 seeds or more")
+    parser.add_argument("--arm", action="append", help="in the figure; default: 7 seeds or more")
     arguments = parser.parse_args()
     for path in sorted(arguments.results.glob("*.jsonl")):
         arms = by_arm(read_rows(path))
@@ -54,7 +56,8 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(table)
             most = max(len(rows) for rows in arms.values())
-            shown = arguments.arm or [name for name, rows in arms.items() if len(rows) == most]
+            least = MANY_SEEDS if most >= MANY_SEEDS else LEAST_PAIRS
+            shown = arguments.arm or [name for name, rows in arms.items() if len(rows) >= least]
             draw({name: arms[name] for name in shown}, arguments.output, path.stem)
 
 
