@@ -15,12 +15,14 @@ from nested_reft_mcore.cli.atlas import atlas
 from nested_reft_mcore.cli.bench import bench_app
 from nested_reft_mcore.cli.options import (
     Checkpoint,
+    ConfigFile,
     DryGpus,
     DryNodes,
     DryRun,
     Dtype,
     Force,
     Hf,
+    Overrides,
     PipelineParallel,
     StopStrings,
     StopTokens,
@@ -32,6 +34,7 @@ from nested_reft_mcore.cli.options import (
     WrittenDtype,
     fields,
 )
+from nested_reft_mcore.cli.plan import plan
 from nested_reft_mcore.cli.probe import probe
 
 app = typer.Typer(
@@ -56,17 +59,9 @@ convert_app = typer.Typer(
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(atlas)
+app.command()(plan)
 app.command()(probe)
 
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/configuration.md lists options.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="SECTION.FIELD=VALUE", help="Options that replace the file's, read as YAML."
-    ),
-]
 SkipLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Layers or parts not to run: 3,5.attention,7.mlp."),
@@ -98,6 +93,7 @@ def describe(
     \b
     A run from start to end:
       nested-reft doctor                        is everything there?
+      nested-reft plan config.yaml --nodes 2    does it fit?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
       nested-reft evaluate config.yaml          full-depth accuracy
