@@ -160,21 +160,25 @@ use_container() {
 
 # rank_command ARGUMENT ...: sets RANK_COMMAND, what srun runs for `nested-reft ARGUMENT ...`.
 rank_command() {
-  RANK_COMMAND=(srun "${STEP[@]}" --kill-on-bad-exit=0 --wait="$PATIENCE_SECONDS" --open-mode=append)
+  local patience=(--kill-on-bad-exit=0 --wait="$PATIENCE_SECONDS" --open-mode=append)
   if [[ $LAUNCHER == srun ]]; then
-    RANK_COMMAND+=(--ntasks-per-node="$TASKS_PER_NODE" "${COMMAND[@]}" "$@")
+    RANK_COMMAND=(srun "${STEP[@]}" "${patience[@]}" --ntasks-per-node="$TASKS_PER_NODE"
+      "${COMMAND[@]}" "$@")
     return
   fi
-  local node_cpus=$((${SLURM_CPUS_PER_TASK:-1} * TASKS_PER_NODE))
   local torchrun=("${INTERPRETER[@]}" -m torch.distributed.run
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$TASKS_PER_NODE" --max-restarts=0
     --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --tee=3 --log-dir="${LOGS-}")
   # Not as options, which older ones of torch would refuse: time to save, and to pass USR1 on.
   export PET_SHUTDOWN_TIMEOUT=300 PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+  # A step that names no CPUs for its tasks gets all of the job.
+  local step=() option
+  for option in "${STEP[@]}"; do [[ $option == --cpus-per-task=* ]] || step+=("$option"); done
+  unset SLURM_CPUS_PER_TASK
   # Only the task knows which node it is on.
   # shellcheck disable=SC2016
-  RANK_COMMAND+=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$node_cpus"
-    bash -c 'export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' torchrun
+  RANK_COMMAND=(srun "${step[@]}" "${patience[@]}" --ntasks="$SLURM_JOB_NUM_NODES"
+    --ntasks-per-node=1 bash -c 'export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' torchrun
     "${torchrun[@]}" -m nested_reft_mcore "$@")
 }
 

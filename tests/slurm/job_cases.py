@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from run_cases import LAUNCH_VARIABLES, PATIENCE_SECONDS, REPOSITORY
+from run_cases import LAUNCH_VARIABLES, REPOSITORY
 from slurm_cluster import SlurmCluster
 
+PATIENCE_SECONDS = 480.0
+"""Longer than elsewhere: a job that comes back starts several times."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
@@ -58,6 +60,17 @@ class Job:
         assert self.code == code, f"{self.shows('JobState')}:\n{self.log}"
         return self.log
 
+    def wait_for_array(self, condition: Callable[[], bool]) -> None:
+        """Wait while any task of this array is not over, and once more after that."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            left = self.cluster.call("squeue", "--noheader", f"--jobs={self.number}").strip()
+            logs = self.log_file.parent.glob(f"{self.log_file.name}*")
+            said = "\n".join(path.read_text() for path in logs)
+            assert left or condition(), said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.2)
+
     def signal(self, *options: str) -> None:
         """`scancel OPTIONS` this job."""
         self.cluster.call("scancel", *options, self.number)
@@ -91,7 +104,9 @@ class JobRoom:
         """`sbatch OPTIONS slurm/SCRIPT ARGUMENTS` from the project's root."""
         self.number += 1
         log = self.directory / f"{script}.{self.number}.log"
-        command = ["sbatch", "--parsable", f"--output={log}", *options, f"slurm/{script}"]
+        # Tasks of an array each write their own.
+        output = f"{log}.%a" if any(o.startswith("--array") for o in options) else str(log)
+        command = ["sbatch", "--parsable", f"--output={output}", *options, f"slurm/{script}"]
         done = subprocess.run(
             [*command, *arguments],
             capture_output=True,

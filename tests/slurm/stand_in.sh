@@ -29,7 +29,7 @@ case $MODE-$restart-$SLURM_PROCID in
   hangs-0-1) trap '' USR1 TERM; while :; do sleep 0.1; done ;;
   hangs-*) echo 'RuntimeError: rank 1 is silent'; exit 4 ;;
   # One has no handler, as before it has imported everything.
-  stops-0-[023] | cancelled-*) wait_for_stop ;;
+  stops-0-[023] | cancelled-* | stays-*) wait_for_stop ;;
   stops-0-1) touch "$run_dir/waiting.0.1"; while :; do sleep 0.1; done ;;
   no_progress-*) save 5; sleep 1; exit 75 ;;
   abrupt-0-*) wait_for_stop ;;

@@ -24,6 +24,7 @@ OPTIONS = {
     "stops": TWO_NODES,
     "no_progress": ONE_NODE,
     "cancelled": ONE_NODE,
+    "stays": ONE_NODE,
     "abrupt": sizes(1, 2, "--nodelist=node4", "--partition=abrupt"),
 }
 
@@ -117,6 +118,16 @@ def test_a_stop_brings_the_job_back_whatever_srun_says(jobs: dict[str, Job], roo
     assert log.count("(nested-reft-7b), restart 1,") == 1
     # What was written by the first start is gone, or the second would come back as well.
     assert not (room.directory / "stops" / "requeue").exists()
+
+
+def test_a_stop_of_a_job_that_may_not_be_requeued(jobs: dict[str, Job], room: JobRoom) -> None:
+    job = jobs["stays"]
+    job.wait_for(lambda: waits(room, "stays", 0) and waits(room, "stays", 1), "its ranks")
+    room.cluster.call("scontrol", "update", f"JobId={job.number}", "Requeue=0")
+    job.signal("--signal=USR1")
+    log = job.end(code=75)
+    assert job.shows("Restarts") == "0"
+    assert "not requeued: submit the job again, and it goes on" in log
 
 
 def test_without_progress_it_is_left_alone(jobs: dict[str, Job]) -> None:

@@ -69,7 +69,8 @@ def test_a_mistake_ends_the_job_before_its_ranks_start(room: JobRoom) -> None:
 def test_a_sweep_without_so_many_combinations(room: JobRoom) -> None:
     options = (*sizes(1, 1), "--array=7")
     job = room.submit("sweep.sh", room.config, options=options, SEEDS="0", SKIP_RATIOS="0 0.5")
-    log = job.end(code=2)
+    job.end(code=2)
+    log = job.log_file.with_name(f"{job.log_file.name}.7").read_text()
     assert "error: --array: task 7, but there are 6 combinations: --array=0-5" in log
 
 
