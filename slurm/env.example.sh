@@ -11,6 +11,8 @@
 # --- where things are ----------------------------------------------------------------------------
 # Relative paths in configurations (models/, data/, runs/) start here; default: the project.
 # : "${WORK_DIR:=/shared/scratch/$USER/nested-reft}"
+# What memory is planned for before a run: a100-80, h100, h200, or a file (docs/planning.md).
+# : "${HARDWARE:=h100}"
 # Options that every run of this site has; the command line's come after these and win.
 # OVERRIDES=(reward.num_workers=4)
 

@@ -15,13 +15,17 @@ fail() {
   exit 2
 }
 
-# train_job CONFIG [ARGUMENT ...]: training, preflight included; comes back after a stop. Returns after
-# the last step of the run, or else ends the job.
+# train_job CONFIG MODEL [ARGUMENT ...]: training, preflight included; comes back after a stop. Returns
+# after the last step of the run, or else ends the job. MODEL is the Hugging Face directory to start
+# from, unless the arguments name another CONFIG or other weights.
 # ARGUMENT: another CONFIG.yaml (first), --dry-run, options of `nested-reft train`, SECTION.FIELD=VALUE.
 train_job() {
   CONFIG=$1
-  shift
+  local model=$2
+  shift 2
+  is_config "${1-}" && model=''
   read_arguments "$@"
+  [[ -z $model || " ${ARGUMENTS[*]}" == *\ @(--hf|--checkpoint|model.)* ]] || ARGUMENTS+=(--hf "$model")
   begin_job
   ARGUMENTS=("${OVERRIDES[@]}" "${ARGUMENTS[@]}")
   if ((DRY_RUN)); then
@@ -106,6 +110,7 @@ read_site() {
   fi
   : "${WORK_DIR:=$PROJECT}" "${LAUNCHER:=srun}" "${PATIENCE_SECONDS:=60}"
   : "${MAX_IDLE_RESTARTS:=3}" "${REQUEUE_ON:=}" "${CONTAINER_IMAGE:=}" "${CONTAINER_RUNTIME:=pyxis}"
+  : "${HARDWARE:=h100}"
   if [[ -z ${PYTHON-} ]]; then
     PYTHON=python3
     [[ -z $CONTAINER_IMAGE && -x $PROJECT/.venv/bin/python ]] && PYTHON=$PROJECT/.venv/bin/python
@@ -186,19 +191,21 @@ rank_command() {
 dry_run() {
   rank_command train "$CONFIG" "${ARGUMENTS[@]}"
   say "command: ${RANK_COMMAND[*]@Q}"
-  srun "${STEP[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --label \
-    "${COMMAND[@]}" train "$CONFIG" "${ARGUMENTS[@]}" --dry-run \
-    --nodes="$SLURM_JOB_NUM_NODES" --gpus-per-node="$TASKS_PER_NODE" |
+  describe --ntasks="$SLURM_JOB_NUM_NODES" --label |
     sort --stable --numeric-sort --field-separator=: --key=1,1
   CODE=$?
+}
+
+# describe OPTION ...: the dry run as a step of one task a node.
+describe() {
+  srun "${STEP[@]}" "$@" --ntasks-per-node=1 "${COMMAND[@]}" train "$CONFIG" "${ARGUMENTS[@]}" \
+    --dry-run --nodes="$SLURM_JOB_NUM_NODES" --gpus-per-node="$TASKS_PER_NODE" --hardware="$HARDWARE"
 }
 
 # The same in one process, before all start: a mistake ends the job here. Sets RUN_DIR.
 check_run() {
   local told
-  told=$(srun "${STEP[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-    "${COMMAND[@]}" train "$CONFIG" "${ARGUMENTS[@]}" --dry-run \
-    --nodes="$SLURM_JOB_NUM_NODES" --gpus-per-node="$TASKS_PER_NODE")
+  told=$(describe --nodes=1 --ntasks=1)
   CODE=$?
   printf '%s\n' "$told"
   ((CODE == 0)) || exit "$CODE"

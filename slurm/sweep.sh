@@ -30,12 +30,8 @@ seed=${seeds[index % ${#seeds[@]}]}
 correction=${corrections[index / ${#seeds[@]} % ${#corrections[@]}]}
 ratio=${ratios[index / ${#seeds[@]} / ${#corrections[@]}]}
 sweep=${SWEEP_DIR:-runs/sweep_$SLURM_ARRAY_JOB_ID}
-config=examples/qwen2.5_math_1.5b/config.yaml
-if is_config "${1-}"; then
-  config=$1
-  shift
-fi
-train_job "$config" "$@" nested.skip_ratio="$ratio" nested.num_skipped=null \
+train_job examples/qwen2.5_math_1.5b/config.yaml models/Qwen2.5-Math-1.5B-Instruct "$@" \
+  nested.skip_ratio="$ratio" nested.num_skipped=null \
   algorithm.rollout_is="$correction" seed="$seed" \
   run_dir="$sweep/skip_$ratio.$correction.seed_$seed"
 collect_runs "$sweep"

@@ -9,9 +9,9 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
-# Qwen2.5-Math-7B: sbatch [--nodes=N] slurm/train_7b.sh [CONFIG.yaml] [--dry-run] [SECTION.FIELD=VALUE ...]
+# Qwen2.5-Math-7B-Instruct: sbatch slurm/train_7b.sh [CONFIG.yaml] [--dry-run] [SECTION.FIELD=VALUE ...]
 # From the project's root. One task for each GPU; SIGUSR1 comes before the time limit, and the run
 # saves and comes back. What else can be said to it: slurm/README.md.
 
 cd "${SLURM_SUBMIT_DIR:-.}" && source slurm/lib.sh || exit 2
-train_job examples/qwen2.5_math_7b/config.yaml "$@"
+train_job examples/qwen2.5_math_7b/config.yaml models/Qwen2.5-Math-7B-Instruct "$@"

@@ -17,6 +17,7 @@ from nested_reft_mcore.cli.options import (
     Checkpoint,
     ConfigFile,
     DryGpus,
+    DryHardware,
     DryNodes,
     DryRun,
     Dtype,
@@ -114,6 +115,7 @@ def train(
     dry_run: DryRun = False,
     nodes: DryNodes = None,
     gpus_per_node: DryGpus = None,
+    hardware: DryHardware = "h100",
 ) -> None:
     """Fine-tune with rewards: nested rollouts, importance correction, full-depth updates.
 
@@ -130,16 +132,16 @@ def train(
       nested-reft train config.yaml --dry-run --nodes 2 --gpus-per-node 8
       srun --ntasks=16 nested-reft train config.yaml
     """
-    from nested_reft_mcore.cli.dry_run import run_dry
     from nested_reft_mcore.cli.entry import leave
+
+    given = overrides or []
+    if dry_run:
+        from nested_reft_mcore.cli.dry_run import run_dry
+
+        leave(lambda: run_dry(config, given, hf, checkpoint, nodes, gpus_per_node, hardware))
     from nested_reft_mcore.cli.runs import run_train, with_model
 
-    def run() -> int:
-        options = with_model(overrides or [], hf, checkpoint)
-        dry = run_dry(config, options, nodes, gpus_per_node) if dry_run else None
-        return run_train(config, options) if dry is None else dry
-
-    leave(run)
+    leave(lambda: run_train(config, with_model(given, hf, checkpoint)))
 
 
 @app.command()

@@ -52,6 +52,9 @@ DryRun = Annotated[
 DryNodes = Annotated[
     int | None, typer.Option("--nodes", min=1, help="For --dry-run: machines; default 1.")
 ]
+DryHardware = Annotated[
+    str, typer.Option("--hardware", metavar="NAME|FILE", help="For --dry-run: as for `plan`.")
+]
 DryGpus = Annotated[
     int | None,
     typer.Option(

@@ -12,7 +12,7 @@ from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.slow]
 
-NUM_STEPS = 40
+NUM_STEPS = 24
 LONG = (
     PIPELINE,
     f"train.num_steps={NUM_STEPS}",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from job_cases import JobRoom, sizes
-from run_cases import write_room
+from run_cases import REPOSITORY, write_room
 from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -20,15 +21,11 @@ def room(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Job
 
 
 def test_dry_run_of_the_shipped_script_on_four_nodes(room: JobRoom) -> None:
-    """As it is, without env.sh: the overrides alone stand in for the configuration's model."""
+    """As it is, without env.sh and without the model's files."""
     missing = str(room.directory / "nowhere.sh")
     job = room.submit(
         "train_7b.sh",
-        room.config,
         "--dry-run",
-        "parallel.tensor_model_parallel_size=1",
-        "parallel.pipeline_model_parallel_size=2",
-        "rollout.prompts_per_step=32",
         "data.system_prompt='a $(exit 9) \"b\" *'",
         options=("--nodes=4",),
         NESTED_REFT_ENV=missing,
@@ -36,16 +33,22 @@ def test_dry_run_of_the_shipped_script_on_four_nodes(room: JobRoom) -> None:
     log = job.end()
     assert f"{missing} is missing: this dry run takes the defaults" in log
     assert "4 x 8 tasks on node[1-4], by srun, master node1:" in log
-    assert "'--kill-on-bad-exit=0'" in log
+    (command,) = (line for line in log.splitlines() if line.startswith("slurm: command: "))
+    config = REPOSITORY / "examples" / "qwen2.5_math_7b" / "config.yaml"
+    assert "'--ntasks-per-node=8'" in command
+    assert f"'train' '{config}'" in command
     for node in range(4):
         said = [line[3:] for line in log.splitlines() if line.startswith(f"{node}: ")]
         assert said[0] == f"node {node + 1} of 4: node{node + 1}"
-        # Quoted, and not evaluated on the way.
+        # Quoted, and not evaluated on the way; the weights that the script names are not here.
         assert "'data.system_prompt='\"'\"'a $(exit 9) \"b\" *'\"'\"''" in said[1]
-        assert "layout: 32 processes = 1 tensor x 2 pipeline x 16 data" in said
-        stage = node // 2
-        assert f"  rank {8 * node}: tensor 0, pipeline {stage}, data {8 * node % 16}" in said
+        assert "'model.hf_path=\"models/Qwen2.5-Math-7B-Instruct\"'" in said[1]
+        assert any(s.startswith("missing: models/Qwen2.5-Math-7B-Instruct ") for s in said)
+        assert "layout: 32 GPUs = TP 4 x PP 1 x DP 8, 8 a node" in said
+        assert f"  rank {8 * node + 5}: tensor 1, pipeline 0, data {2 * node + 1}" in said
         assert sum(line.startswith("  rank ") for line in said) == 8
+        assert any(line.startswith("FITS: the worst rank") for line in said)
+        assert any(re.match(r"rollout: KV cache +\d", line) for line in said)
 
 
 def test_without_settings_nothing_starts(room: JobRoom) -> None:
@@ -80,4 +83,4 @@ def test_example_settings_are_valid(room: JobRoom) -> None:
     job = room.submit(
         "train_7b.sh", room.config, "--dry-run", options=sizes(1, 1), NESTED_REFT_ENV=str(example)
     )
-    assert "0: layout: 1 processes = 1 tensor x 1 pipeline x 1 data" in job.end()
+    assert "0: layout: 1 GPUs = TP 1 x PP 1 x DP 1, 1 a node" in job.end()
