@@ -98,7 +98,10 @@ def write_yaml(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write a mapping so that `read_yaml` gives it back, keys in the given order."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    # The stub's own overloads are partly untyped.
+    text: str = yaml.dump(  # pyright: ignore[reportUnknownMemberType]
+        dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
     path.write_text(text, encoding="utf-8")
 
 
