@@ -128,7 +128,6 @@ def train(
       nested-reft train config.yaml
       nested-reft train config.yaml nested.num_skipped=4 optimizer.lr=1e-6
       nested-reft train config.yaml --hf models/base run_dir=runs/second
-      nested-reft train config.yaml parallel.pipeline_model_parallel_size=2
       nested-reft train config.yaml --dry-run --nodes 2 --gpus-per-node 8
       srun --ntasks=16 nested-reft train config.yaml
     """

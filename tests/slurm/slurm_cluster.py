@@ -28,7 +28,7 @@ HOSTS = Path("/etc/hosts")
 START_SECONDS = 60.0
 
 # Without cgroups a task is a process group. cred_expire shortens the pause before a requeued job
-# starts from 125 to 10 seconds. `low` is preempted by `high`, after ten seconds' notice; `abrupt`
+# starts from 125 to 10 seconds. `low` is preempted by `high`, with two minutes' notice; `abrupt`
 # without any. config_overrides: believe this file rather than the machine.
 SLURM_CONF = """
 ClusterName=nested
@@ -67,7 +67,7 @@ MinJobAge=600
 MailProg=/bin/true
 MessageTimeout=30
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 State=UP
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=120 State=UP
 PartitionName=abrupt Nodes=ALL PriorityTier=1 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """
