@@ -13,10 +13,13 @@ import typer
 
 from nested_reft_mcore.cli.atlas import atlas
 from nested_reft_mcore.cli.bench import bench_app
+from nested_reft_mcore.cli.checking import preflight
 from nested_reft_mcore.cli.options import (
     Checkpoint,
+    ConfigFile,
     Dtype,
     Hf,
+    Overrides,
     PipelineParallel,
     StopStrings,
     StopTokens,
@@ -49,17 +52,9 @@ convert_app = typer.Typer(
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(atlas)
+app.command()(preflight)
 app.command()(probe)
 
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/configuration.md lists options.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="SECTION.FIELD=VALUE", help="Options that replace the file's, read as YAML."
-    ),
-]
 SkipLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Layers or parts not to run: 3,5.attention,7.mlp."),
@@ -99,6 +94,7 @@ def describe(
     \b
     A run from start to end:
       nested-reft doctor                        is everything there?
+      nested-reft preflight config.yaml         is every node fit?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
       nested-reft evaluate config.yaml          full-depth accuracy
@@ -106,7 +102,8 @@ def describe(
 
     \b
     Exit codes: 0 well; 1 a check failed or an internal error; 2 a mistake in what was given;
-    4 another process was lost; 75 stopped on request with everything saved: start again to go on.
+    3 a node is bad; 4 another process was lost; 75 stopped on request with everything saved: start
+    again to go on.
     """
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/configuration.md lists options.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SECTION.FIELD=VALUE", help="Options that replace the file's, read as YAML."
+    ),
+]
 Hf = Annotated[str | None, typer.Option("--hf", metavar="DIR", help="Hugging Face directory.")]
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="DIR", help="Checkpoint, or a directory of some.")

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -119,7 +120,11 @@ class Run:
         self.context = context
         self.directory = Path(config.run_dir)
         self.state = RunState()
-        self.timers = Timers(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        self.lifeline = context.lifeline
+        self.timers = Timers(
+            torch.cuda.synchronize if torch.cuda.is_available() else None,
+            on_phase=partial(setattr, context.lifeline, "phase"),
+        )
         self._stop = stop
         self._command = command
         self._num_steps = num_steps
@@ -139,6 +144,8 @@ class Run:
             check_owner=self._check_owner,
         )
         stop.arm_deadline(config.checkpoint.stop_deadline_seconds, self._leave_unsaved)
+        if config.checkpoint.requeue_on_lost_peer:
+            self.lifeline.on_lost_peer = self._ask_for_another_start
         checkpoint = self.checkpoints.find()
         self.is_fresh = checkpoint is None
         if checkpoint is not None:
@@ -201,6 +208,8 @@ class Run:
             SupersededError: the run directory has a new owner.
             RuntimeError: a checkpoint could not be written.
         """
+        # A step that is done but not recorded yet is the last one, not the next.
+        self.lifeline.step = self.state.step + (self.state.owed is None)
         superseded: SupersededError | None = None
         if self.context.is_main:
             try:
@@ -302,7 +311,10 @@ class Run:
         return self.directory / "requeue"
 
     def _write_requeue(self) -> None:
-        self._requeue_file.write_text(f"step {self.checkpoints.newest or 0}\n", encoding="utf-8")
+        # Where rank 0 is lost, all the others write the same.
+        aside = self._requeue_file.with_name(f".requeue.{self.context.rank}")
+        aside.write_text(f"step {self.checkpoints.newest or 0}\n", encoding="utf-8")
+        aside.replace(self._requeue_file)
 
     def _check_origin(self) -> None:
         """Refuse weights from among the run's own checkpoints, which come and go."""
@@ -315,8 +327,12 @@ class Run:
 
     def _leave_unsaved(self) -> None:
         """The last thing before the deadline of a stop: the newest checkpoint stands."""
-        if not self.context.is_main:
-            return
+        if self.context.is_main:
+            self._ask_for_another_start()
+        self.lifeline.silence()
+
+    def _ask_for_another_start(self) -> None:
+        """Write `requeue` unless somebody else has the run; several processes may do so at once."""
         with suppress(SupersededError):
             self._check_owner()
             self._write_requeue()
