@@ -81,10 +81,22 @@ def leave(command: Callable[[], int]) -> NoReturn:
     if ranks.launcher == "mpirun" or (ranks.world_size > 1 and not well):
         # Clean-up could wait for processes that are gone, and the failure would never be seen.
         # Under mpirun all leave at once: it may kill whoever is left after the first.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
+        os._exit(int(code))
+    if not _flush():
+        # The interpreter would try again, and leave with 120.
         os._exit(int(code))
     sys.exit(int(code))
+
+
+def _flush() -> bool:
+    """Whether the console has taken everything."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _refuse(error: UserError) -> int:
