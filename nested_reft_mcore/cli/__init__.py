@@ -13,6 +13,7 @@ import typer
 
 from nested_reft_mcore.cli.atlas import atlas
 from nested_reft_mcore.cli.bench import bench_app
+from nested_reft_mcore.cli.checking import preflight
 from nested_reft_mcore.cli.options import (
     Checkpoint,
     ConfigFile,
@@ -61,6 +62,7 @@ app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(atlas)
 app.command()(plan)
+app.command()(preflight)
 app.command()(probe)
 
 SkipLayers = Annotated[
@@ -95,6 +97,7 @@ def describe(
     A run from start to end:
       nested-reft doctor                        is everything there?
       nested-reft plan config.yaml --nodes 2    does it fit?
+      nested-reft preflight config.yaml         is every node fit?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
       nested-reft evaluate config.yaml          full-depth accuracy
@@ -102,7 +105,8 @@ def describe(
 
     \b
     Exit codes: 0 well; 1 a check failed or an internal error; 2 a mistake in what was given;
-    4 another process was lost; 75 stopped on request with everything saved: start again to go on.
+    3 a node is bad; 4 another process was lost; 75 stopped on request with everything saved: start
+    again to go on.
     """
 
 

@@ -1,0 +1,181 @@
+"""A process that dies or hangs ends the job with 4, soon, and with the reason; slowness does not.
+
+Every run here is real: two or more processes of the command line, killed or stopped from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from run_cases import (
+    PATIENCE_SECONDS,
+    PIPELINE,
+    finish,
+    metrics_of,
+    start,
+    wait_until,
+    write_room,
+)
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+DEADLINE_SECONDS = 10
+HOST = re.escape(socket.gethostname())
+ENDLESS = (
+    *("train", "config.yaml", PIPELINE, "train.num_steps=100000", "logging.tensorboard=false"),
+    *("evaluation.interval=0", "data.eval_path=null", "checkpoint.interval=1"),
+    *(f"launch.peer_deadline_seconds={DEADLINE_SECONDS}", "checkpoint.requeue_on_lost_peer=true"),
+)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("room")
+    write_room(directory)
+    return directory
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def find(process: subprocess.Popen[str], wanted: Callable[[psutil.Process], bool]):
+    """The first descendant of that kind."""
+    for child in family(process):
+        # A process that is being started or is gone has no environment.
+        with contextlib.suppress(psutil.Error):
+            if wanted(child):
+                return child
+    raise AssertionError("no such process")
+
+
+def rank_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    def wanted(child: psutil.Process) -> bool:
+        command = " ".join(child.cmdline())
+        return child.environ().get("RANK") == str(rank) and "rewards.worker" not in command
+
+    return find(process, wanted)
+
+
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)],
+)
+def test_a_lost_process_ends_the_job(room: Path, rank: int, number: signal.Signals) -> None:
+    name = f"lost_{rank}_{number.name}"
+    run_dir = room / name
+    process = start(room, *ENDLESS, f"run_dir={name}")
+    wait_until(process, lambda: len(metrics_of(run_dir)) > 2)
+    everybody = family(process)
+    victim = rank_of(process, rank)
+    began = time.monotonic()
+    victim.send_signal(number)
+    code, _, err = finish(process)
+    elapsed = time.monotonic() - began
+    assert code == 4, err
+    assert elapsed < DEADLINE_SECONDS + 30, err
+    assert not psutil.wait_procs(everybody, timeout=10)[1]
+    # Who was lost, and how; what the other one was doing, and at which step.
+    how = "the process died" if number == signal.SIGKILL else "no sign of life for"
+    told = err
+    if rank == 0 and number == signal.SIGKILL:
+        assert err.splitlines()[-1].startswith(f"rank 0 on {socket.gethostname()} failed first")
+    assert re.search(rf"\[rank {rank} on {HOST}\] was lost: {how}", told), err
+    assert re.search(rf"  rank {1 - rank} on {HOST}: in step \d+.*\(\w+\.\w+:\d+\)", told), err
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    reason = "killed by SIGKILL" if number == signal.SIGKILL else "it hung, and was killed"
+    assert re.fullmatch(rf"rank {rank} on {HOST} failed first \({reason}\); logs: \S+", last), err
+    # The last checkpoint is whole, and the job asks to go on from it.
+    saved = int(re.fullmatch(r"step (\d+)\n", (run_dir / "requeue").read_text()).group(1))
+    assert saved >= 1
+    assert (run_dir / "checkpoints" / f"step_{saved:08d}" / "manifest.json").exists()
+    # The survivor's own log has it too, with rank and host in each line.
+    log = (run_dir / "logs" / f"rank_{1 - rank:05d}.log").read_text().splitlines()
+    assert all(re.match(rf"\S+ \S+ rank {1 - rank} {HOST} [A-Z]+ ", line) for line in log), log
+    assert any("was lost" in line for line in log), log
+
+
+def test_the_run_goes_on_from_there(room: Path) -> None:
+    """After the first drill above; and `requeue` is gone once the run is back."""
+    name = "lost_1_SIGKILL"
+    saved = int((room / name / "requeue").read_text().split()[1])
+    process = start(room, *ENDLESS, f"run_dir={name}")
+    wait_until(process, lambda: metrics_of(room / name)[-1]["step"] > saved + 1)
+    assert not (room / name / "requeue").exists()
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75, err
+    assert f"going on after step {saved}" in err
+
+
+def test_slow_is_not_lost(room: Path) -> None:
+    """A phase that takes three times the deadline, in which the other process waits, goes through.
+
+    The reward's only worker is stopped: its item is given up after its own deadline, 5 s more.
+    """
+    deadline = 3
+    process = start(
+        room,
+        *ENDLESS,
+        "run_dir=slow",
+        f"launch.peer_deadline_seconds={deadline}",
+        "reward.deadline_seconds=4",
+    )
+    run_dir = room / "slow"
+    wait_until(process, lambda: len(metrics_of(run_dir)) > 1)
+    worker = find(process, lambda child: "rewards.worker" in " ".join(child.cmdline()))
+    worker.suspend()
+    seen = len(metrics_of(run_dir))
+    wait_until(
+        process, lambda: any(line.get("reward/timeouts", 0) > 0 for line in metrics_of(run_dir))
+    )
+    assert len(metrics_of(run_dir)) > seen
+    (slow,) = [
+        line for line in metrics_of(run_dir) if line.get("timing_s/reward", 0) > 2 * deadline
+    ]
+    assert slow["reward/timeouts"] == 1.0
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75, err
+    assert "lost" not in err
+
+
+def test_torchrun_workers_leave_with_4(room: Path) -> None:
+    """torchrun answers 1 whatever happens; what counts is that nobody stays, and `requeue`."""
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    job = ("-m", "nested_reft_mcore", *ENDLESS, "run_dir=torchrun")
+    environment = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        environment.pop(name, None)
+    from run_cases import REPOSITORY
+
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    process = subprocess.Popen(
+        [sys.executable, *command, *job],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=room,
+        env=environment,
+    )
+    run_dir = room / "torchrun"
+    wait_until(process, lambda: len(metrics_of(run_dir)) > 2)
+    everybody = family(process)
+    rank_of(process, 1).kill()
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 1, err
+    assert not psutil.wait_procs(everybody, timeout=10)[1]
+    assert re.search(rf"\[rank 1 on {HOST}\] was lost: the process died", err), err
+    assert (run_dir / "requeue").exists()
