@@ -23,15 +23,22 @@ PATIENCE_SECONDS = 60.0
 def on_replicas(
     num_replicas: int, function: Callable[[ParallelContext], Result], patch: pytest.MonkeyPatch
 ) -> list[Result]:
-    """What `function` returns on each replica; objects that they gather are exchanged by hand."""
+    """What `function` returns on each replica; what they gather and add up is exchanged by hand."""
     barrier = Barrier(num_replicas, timeout=PATIENCE_SECONDS)
     box: list[Any] = [None] * num_replicas
 
-    def gather(gathered: list[Any], value: Any, group: Any) -> None:
+    def exchange(value: Any, group: Any) -> list[Any]:
         box[group.rank()] = value
         barrier.wait()
-        gathered[:] = box
+        values = list(box)
         barrier.wait()
+        return values
+
+    def gather(gathered: list[Any], value: Any, group: Any) -> None:
+        gathered[:] = exchange(value, group)
+
+    def add_up(values: torch.Tensor, group: Any) -> None:
+        values.copy_(torch.stack(exchange(values.clone(), group)).sum(dim=0))
 
     def run(rank: int) -> Result:
         ranks = tuple(range(num_replicas))
@@ -46,6 +53,7 @@ def on_replicas(
             raise
 
     patch.setattr(dist, "all_gather_object", gather)
+    patch.setattr(dist, "all_reduce", add_up)
     with ThreadPoolExecutor(num_replicas) as pool:
         return list(pool.map(run, range(num_replicas)))
 

@@ -74,8 +74,8 @@ def test_predicted_bytes_are_those_of_real_updates(name: str) -> None:
             assert getattr(memory.static, kind) == pytest.approx(found[kind], rel=0.02), kind
         assert found["growth"] >= 400e6
         total = memory.static.total + memory.update.total
-        print(name, found, total, total / found["growth"])
         assert total == pytest.approx(found["growth"], rel=0.15)
-        # Beside what is always there, too: a model of nothing would pass the line above.
+        # What is always there is known to the byte, so all the error is in the rest; some 30 to
+        # 50 MB of that belong to gloo and to the libraries' own buffers.
         dynamic = found["growth"] - memory.static.total
-        assert memory.update.total == pytest.approx(dynamic, rel=0.3)
+        assert 0.6 * dynamic < memory.update.total < 1.15 * dynamic

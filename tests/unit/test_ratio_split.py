@@ -68,14 +68,14 @@ def test_each_pass_is_of_the_right_policy(has_old: bool) -> None:
     assert bool((split.full_logprobs == (-3.0 if has_old else -1.0)).all())
 
 
-def test_parts_are_means_over_tokens_and_then_over_updates() -> None:
+def test_parts_are_means_over_the_tokens_of_all_updates() -> None:
     split = split_of(batch_of(1, 3, 2, 4))
     even, odd = split.full_logprobs[::2] - 8.0, split.full_logprobs[1::2] + 4.0
     found = split.metrics([even, odd], CONTEXT)
     assert found[ENGINE] == pytest.approx(0.25)
     # Rows 0 and 2 are the first mini-batch, with 1 and 2 tokens; 1 and 3 the second, 3 and 4.
-    assert found[SKIP] == pytest.approx(((1 + 2 * 3) / 3 + (3 * 2 + 4 * 4) / 7) / 2)
-    assert found[STALE] == pytest.approx((8.0 - 4.0) / 2)
+    assert found[SKIP] == pytest.approx((1 + 2 * 3 + 3 * 2 + 4 * 4) / 10)
+    assert found[STALE] == pytest.approx((3 * 8.0 - 7 * 4.0) / 10)
 
 
 def test_tokens_without_a_ratio_count_nowhere() -> None:
