@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "train": {"micro_batch_size": 2},
     },
 }
-NUM_LAYERS = {"tp2": 9, "pp2": 8, "dp2": 5}
+NUM_LAYERS = {"tp2": 9, "pp2": 10, "dp2": 5}
 
 
 def configuration(name: str) -> dict[str, Any]:
@@ -78,10 +78,9 @@ def test_predicted_bytes_are_those_of_real_updates(name: str) -> None:
         assert found["growth"] >= 400e6
         total = plan.static.total + plan.update.total
         assert total == pytest.approx(found["growth"], rel=0.15)
-        # What is always there is known to the byte, so all the error is in the rest; some 30 to
-        # 50 MB of that belong to gloo and to the libraries' own buffers.
+        # What is always there is known to the byte, so all the error is in the rest.
         dynamic = found["growth"] - plan.static.total
-        assert 0.6 * dynamic < plan.update.total < 1.15 * dynamic
+        assert plan.update.total == pytest.approx(dynamic, rel=0.25)
 
 
 def test_numbers_that_other_rooms_have_too():
