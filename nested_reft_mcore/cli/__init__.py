@@ -16,7 +16,12 @@ from nested_reft_mcore.cli.bench import bench_app
 from nested_reft_mcore.cli.options import (
     Checkpoint,
     ConfigFile,
+    DryGpus,
+    DryHardware,
+    DryNodes,
+    DryRun,
     Dtype,
+    Force,
     Hf,
     Overrides,
     PipelineParallel,
@@ -25,6 +30,9 @@ from nested_reft_mcore.cli.options import (
     Template,
     TensorParallel,
     TokenizerPath,
+    Tolerance,
+    Verify,
+    WrittenDtype,
     fields,
 )
 from nested_reft_mcore.cli.plan import plan
@@ -59,14 +67,6 @@ SkipLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Layers or parts not to run: 3,5.attention,7.mlp."),
 ]
-WrittenDtype = Annotated[
-    str, typer.Option(metavar="auto|float32|bfloat16", help="Type of the written weights.")
-]
-Verify = Annotated[
-    bool, typer.Option("--verify", help="Compare float32 logits of both models; 1 if they differ.")
-]
-Tolerance = Annotated[float, typer.Option(help="Largest difference that --verify accepts.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output of the same kind.")]
 
 
 def main() -> None:
@@ -108,7 +108,14 @@ def describe(
 
 @app.command()
 def train(
-    config: ConfigFile, overrides: Overrides = None, hf: Hf = None, checkpoint: Checkpoint = None
+    config: ConfigFile,
+    overrides: Overrides = None,
+    hf: Hf = None,
+    checkpoint: Checkpoint = None,
+    dry_run: DryRun = False,
+    nodes: DryNodes = None,
+    gpus_per_node: DryGpus = None,
+    hardware: DryHardware = "h100",
 ) -> None:
     """Fine-tune with rewards: nested rollouts, importance correction, full-depth updates.
 
@@ -122,12 +129,19 @@ def train(
       nested-reft train config.yaml nested.num_skipped=4 optimizer.lr=1e-6
       nested-reft train config.yaml --hf models/base run_dir=runs/second
       nested-reft train config.yaml parallel.pipeline_model_parallel_size=2
+      nested-reft train config.yaml --dry-run --nodes 2 --gpus-per-node 8
       srun --ntasks=16 nested-reft train config.yaml
     """
     from nested_reft_mcore.cli.entry import leave
+
+    given = overrides or []
+    if dry_run:
+        from nested_reft_mcore.cli.dry_run import run_dry
+
+        leave(lambda: run_dry(config, given, hf, checkpoint, nodes, gpus_per_node, hardware))
     from nested_reft_mcore.cli.runs import run_train, with_model
 
-    leave(lambda: run_train(config, with_model(overrides or [], hf, checkpoint)))
+    leave(lambda: run_train(config, with_model(given, hf, checkpoint)))
 
 
 @app.command()
