@@ -50,7 +50,7 @@ def test_rollouts_that_cannot_be_written_save_and_stop_the_run(room: Path) -> No
     (run_dir / "rollouts" / "step_000002.dp1.jsonl").rmdir()
     # And it does go on from there; nobody reads what it prints, which is no reason to stop.
     with Path("/dev/full").open("w") as full:
-        process = start(room, *train("rollouts", REPLICAS), stdout=full)
+        process = start(room, *train("rollouts"), stdout=full)
         code, _, err = finish(process)
     assert code == 0, err
     assert "going on after step 3" in err
@@ -67,7 +67,7 @@ def test_a_disk_that_is_full_for_metrics_and_checkpoints(room: Path) -> None:
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size + 100, size + 100))
     code, _, err = finish(process)
     assert code == 1, err
-    assert re.search(r"metrics\.jsonl: cannot be written: File too large", err), err
+    assert re.search(r"full/(metrics|rollouts)\S+: cannot be written: File too large", err), err
     assert re.search(r"could not be saved; the checkpoint of step (\d+) stands", err), err
     assert "Traceback" not in err
     # Without the limit it goes on.
@@ -82,18 +82,18 @@ def test_a_spoilt_line_is_named_at_the_next_start_and_not_before(room: Path) -> 
     data = room / "task" / "train.jsonl"
     copy = room / "spoilt.jsonl"
     copy.write_bytes(data.read_bytes())
-    command = train("spoilt", "data.train_path=spoilt.jsonl", PIPELINE)
+    command = train("spoilt", "data.train_path=spoilt.jsonl")
     process = start(room, *command, "train.num_steps=4")
     wait_until(process, lambda: bool(metrics_of(room / "spoilt")))
     lines = copy.read_text().splitlines(keepends=True)
     copy.write_text("".join([*lines[:6], '{"prompt": "torn\n', *lines[7:]]))
     code, _, err = finish(process)
     assert code == 0, err
-    code, _, err = finish(start(room, *command, "train.num_steps=6"))
+    code, _, err = finish(start(room, *command, PIPELINE, "train.num_steps=6"))
     assert code == 2, err
     errors = [line for line in err.splitlines() if "spoilt.jsonl:7: not JSON" in line]
-    assert len(errors) == 1
-    assert errors[0].startswith("error: ")
+    assert len(errors) == 1, err
+    assert re.match(r"(\[rank \d on \S+\] )?error: spoilt", errors[0]), err
     assert "Traceback" not in err
 
 
