@@ -6,6 +6,8 @@ import re
 import resource
 import socket
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,19 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def faults(room: Path) -> Iterator[dict[str, Future[None]]]:
+    """All of them side by side: they mostly wait."""
+    drills = (no_rollouts, full_disk, spoilt_line, dead_rewards)
+    with ThreadPoolExecutor() as pool:
+        yield {drill.__name__: pool.submit(drill, room) for drill in drills}
+
+
+@pytest.mark.parametrize("name", ["no_rollouts", "full_disk", "spoilt_line", "dead_rewards"])
+def test_the_run_saves_and_stops_or_goes_on(faults: dict[str, Future[None]], name: str) -> None:
+    faults[name].result()
+
+
 def train(name: str, *more: str) -> tuple[str, ...]:
     return ("train", "config.yaml", f"run_dir={name}", *QUICK, *more)
 
@@ -34,7 +49,7 @@ def saved_steps(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
 
 
-def test_rollouts_that_cannot_be_written_save_and_stop_the_run(room: Path) -> None:
+def no_rollouts(room: Path) -> None:
     """The second replica's: both processes save the step, and the first one says who and what."""
     run_dir = room / "rollouts"
     # Whatever the user may do, a directory is not replaced by a file.
@@ -58,7 +73,7 @@ def test_rollouts_that_cannot_be_written_save_and_stop_the_run(room: Path) -> No
     assert [line["step"] for line in metrics_of(run_dir) if "actor/lr" in line] == list(range(1, 9))
 
 
-def test_a_disk_that_is_full_for_metrics_and_checkpoints(room: Path) -> None:
+def full_disk(room: Path) -> None:
     """Neither can be written: the run says both, and the last checkpoint stands."""
     run_dir = room / "full"
     process = start(room, *train("full", "train.num_steps=100000", "checkpoint.interval=2"))
@@ -77,7 +92,7 @@ def test_a_disk_that_is_full_for_metrics_and_checkpoints(room: Path) -> None:
     assert f"going on after step {newest}" in err
 
 
-def test_a_spoilt_line_is_named_at_the_next_start_and_not_before(room: Path) -> None:
+def spoilt_line(room: Path) -> None:
     """Data is read whole before the first step: a line that is spoilt later disturbs no run."""
     data = room / "task" / "train.jsonl"
     copy = room / "spoilt.jsonl"
@@ -111,7 +126,10 @@ def kill_rewards(process: subprocess.Popen[str]) -> None:
             child.kill()
 
 
-def test_a_dead_reward_pool_saves_and_stops_the_run(room: Path, tmp_path: Path) -> None:
+def dead_rewards(room: Path) -> None:
+    """The step in which it happens is undone: nobody learns from rewards that were not given."""
+    tmp_path = room / "site"
+    tmp_path.mkdir()
     flag = tmp_path / "flag"
     (tmp_path / "sitecustomize.py").write_text(SITE.format(flag=str(flag)))
     run_dir = room / "rewards"

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -39,6 +40,9 @@ ENDLESS = (
     *("evaluation.interval=0", "data.eval_path=null", "checkpoint.interval=1"),
     *(f"launch.peer_deadline_seconds={DEADLINE_SECONDS}", "checkpoint.requeue_on_lost_peer=true"),
 )
+
+
+LOSSES = [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +74,26 @@ def rank_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
     return find(process, wanted)
 
 
-@pytest.mark.parametrize(
-    ("rank", "number"), [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
-)
-def test_a_lost_process_ends_the_job(room: Path, rank: int, number: signal.Signals) -> None:
+@pytest.fixture(scope="module")
+def drills(room: Path) -> Iterator[dict[object, Future[None]]]:
+    """All of them side by side: they mostly wait."""
+    with ThreadPoolExecutor() as pool:
+        futures: dict[object, Future[None]] = {
+            loss: pool.submit(lose, room, *loss) for loss in LOSSES
+        }
+        yield futures | {"torchrun": pool.submit(lose_under_torchrun, room)}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_lost_process_ends_the_job(drills, loss: tuple[int, signal.Signals]) -> None:
+    drills[loss].result()
+
+
+def test_under_torchrun_the_others_know_it_too(drills) -> None:
+    drills["torchrun"].result()
+
+
+def lose(room: Path, rank: int, number: signal.Signals) -> None:
     name = f"lost_{rank}_{number.name}"
     run_dir = room / name
     process = start(room, *ENDLESS, f"run_dir={name}")
@@ -105,31 +125,7 @@ def test_a_lost_process_ends_the_job(room: Path, rank: int, number: signal.Signa
     assert any("was lost" in line for line in log), log
 
 
-def test_slow_is_not_lost(room: Path) -> None:
-    """A phase of three times the deadline, in which the other process waits, goes through.
-
-    The reward's only worker is stopped: its item is given up after its own deadline, 5 s more. The
-    run is that of the first drill, which goes on from its last checkpoint.
-    """
-    name, deadline = "lost_1_SIGKILL", 3
-    run_dir = room / name
-    saved = int((run_dir / "requeue").read_text().split()[1])
-    patience = (f"launch.peer_deadline_seconds={deadline}", "reward.deadline_seconds=4")
-    process = start(room, *ENDLESS, f"run_dir={name}", *patience)
-    wait_until(process, lambda: metrics_of(run_dir)[-1]["step"] > saved + 1)
-    assert not (run_dir / "requeue").exists()
-    find(process, lambda child: "rewards.worker" in " ".join(child.cmdline())).suspend()
-    wait_until(process, lambda: metrics_of(run_dir)[-1].get("reward/timeouts", 0) > 0)
-    process.send_signal(signal.SIGTERM)
-    code, _, err = finish(process)
-    assert code == 75, err
-    assert f"going on after step {saved}" in err
-    assert "was lost" not in err
-    lines = metrics_of(run_dir)
-    assert any(line.get("timing_s/reward", 0) > 2 * deadline for line in lines)
-
-
-def test_under_torchrun_the_others_know_it_too(room: Path) -> None:
+def lose_under_torchrun(room: Path) -> None:
     """Rank 0 dies, and with it the hub. torchrun answers 1 whatever happens."""
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     job = ("-m", "nested_reft_mcore", *ENDLESS, "run_dir=torchrun")
@@ -152,3 +148,28 @@ def test_under_torchrun_the_others_know_it_too(room: Path) -> None:
     assert re.search(rf"\[rank 0 on {HOST}\] was lost: the process died", err), err
     assert re.search(rf"  rank 1 on {HOST}: in step \d+", err), err
     assert (run_dir / "requeue").exists()
+
+
+def test_slow_is_not_lost(room: Path, drills) -> None:
+    """A phase of three times the deadline, in which the other process waits, goes through.
+
+    The reward's only worker is stopped: its item is given up after its own deadline, 5 s more. The
+    run is that of the first drill, which goes on from its last checkpoint.
+    """
+    name, deadline = "lost_1_SIGKILL", 3
+    drills[LOSSES[0]].result()
+    run_dir = room / name
+    saved = int((run_dir / "requeue").read_text().split()[1])
+    patience = (f"launch.peer_deadline_seconds={deadline}", "reward.deadline_seconds=4")
+    process = start(room, *ENDLESS, f"run_dir={name}", *patience)
+    wait_until(process, lambda: metrics_of(run_dir)[-1]["step"] > saved + 1)
+    assert not (run_dir / "requeue").exists()
+    find(process, lambda child: "rewards.worker" in " ".join(child.cmdline())).suspend()
+    wait_until(process, lambda: metrics_of(run_dir)[-1].get("reward/timeouts", 0) > 0)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75, err
+    assert f"going on after step {saved}" in err
+    assert "was lost" not in err
+    lines = metrics_of(run_dir)
+    assert any(line.get("timing_s/reward", 0) > 2 * deadline for line in lines)
