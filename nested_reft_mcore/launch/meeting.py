@@ -100,8 +100,8 @@ def refuse(ranks: RankInfo, error: UserError, seconds: float = 30.0) -> str | No
     """Tell the others that this process found a mistake before the meeting.
 
     Returns:
-        Nothing where all have refused, or nobody is there: then it is the user's mistake. Where
-        others are well, this process's node is bad: what all of them have been told.
+        Nothing where all that are there have refused: then it is the user's mistake. Where others
+        are well, this process's node is bad: what all of them have been told.
     """
     try:
         store = open_store(ranks, seconds)
@@ -187,7 +187,7 @@ def _gather(store: Store, ranks: RankInfo, seconds: float, problem: str = "") ->
     return {
         "hosts": [arrived[rank]["host"] if rank in arrived else "?" for rank in range(len(keys))],
         "problem": "\n".join(problems),
-        "all_refuse": len(refused) == ranks.world_size,
+        "all_refuse": len(refused) == len(arrived),
     }
 
 
