@@ -36,6 +36,8 @@ class Setup:
     """Options of every reinforcement run beside the common ones."""
     evaluation: dict[str, Any] | None
     """Options of an evaluation by a process of its own, at the end; None: training does it."""
+    probe: dict[str, Any]
+    """Options of `nested-reft probe`, which runs of the law `sensitivity` begin with."""
     warm_up_of: str
     """Setup whose warm-ups these runs start from, most often itself."""
 
@@ -109,6 +111,7 @@ def _setup(path: Path, text: dict[str, Any], name: str) -> Setup:
             **entry.get("training", {}),
         },
         evaluation=entry.get("evaluation"),
+        probe=entry.get("probe", {}),
         warm_up_of=entry.get("warm_up_of", name),
     )
 

@@ -26,6 +26,8 @@ LAST_STEPS = 10
 """Steps at the end that a reward is the mean of."""
 LEAST_PAIRS = 3
 """Pairs from which on an interval is shown; two give one that nobody should read."""
+MANY_SEEDS = 7
+"""Of an arm that a figure shows, where there are such arms."""
 CURVES = {
     "reward": "reward of the rollouts, behavior policy",
     "kl": "KL(behavior || target), nats a token",
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS_DIRECTORY)
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     parser.add_argument("--versus", default=REFERENCE, help="arm that the others are compared with")
-    parser.add_argument("--arm", action="append", help="in the figure; default: 8 seeds or more")
+    parser.add_argument("--arm", action="append", help="in the figure; default: 7 seeds or more")
     arguments = parser.parse_args()
     for path in sorted(arguments.results.glob("*.jsonl")):
         arms = by_arm(read_rows(path))
@@ -54,7 +56,8 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(table)
             most = max(len(rows) for rows in arms.values())
-            shown = arguments.arm or [name for name, rows in arms.items() if len(rows) == most]
+            least = MANY_SEEDS if most >= MANY_SEEDS else LEAST_PAIRS
+            shown = arguments.arm or [name for name, rows in arms.items() if len(rows) >= least]
             draw({name: arms[name] for name in shown}, arguments.output, path.stem)
 
 
@@ -68,7 +71,11 @@ def by_arm(rows: Sequence[dict[str, Any]]) -> dict[str, Rows]:
 
 
 def table_of(arms: dict[str, Rows], versus: str) -> list[dict[str, Any]]:
-    """One record an arm. ValueError if the arm to compare with has no runs."""
+    """One record an arm.
+
+    ValueError if the arm to compare with has no runs, or if the runs of a pair were made on
+    processors of two kinds: their warm starts differ.
+    """
     if versus not in arms:
         raise ValueError(f"no runs of {versus!r}; there are {', '.join(arms)}")
     return [_record(name, rows, arms[versus]) for name, rows in arms.items()]
@@ -76,6 +83,7 @@ def table_of(arms: dict[str, Rows], versus: str) -> list[dict[str, Any]]:
 
 def _record(name: str, rows: Rows, reference: Rows) -> dict[str, Any]:
     record: dict[str, Any] = {"arm": name, "seeds": len(rows)}
+    _check_machines(name, rows, reference)
     for measure in ("greedy", "sampled"):
         values, base = _final(rows, measure), _final(reference, measure)
         mean, deviation = mean_and_deviation(list(values.values()))
@@ -101,6 +109,15 @@ def _record(name: str, rows: Rows, reference: Rows) -> dict[str, Any]:
         3,
     )
     return record
+
+
+def _check_machines(name: str, rows: Rows, reference: Rows) -> None:
+    for seed in sorted(rows.keys() & reference.keys()):
+        one, other = (runs[seed]["machine"]["model"] for runs in (rows, reference))
+        if one != other:
+            raise ValueError(
+                f"seed {seed} of {name!r} was run on {one}, of the arm to compare with on {other}"
+            )
 
 
 def _final(rows: Rows, measure: str) -> dict[int, float]:

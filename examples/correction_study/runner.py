@@ -19,6 +19,8 @@ from plan import EVALUATION_FILE, OUTCOME_FILE, Setup, StudyRun, state_of
 MAKE_TASK = Path(__file__).resolve().parents[1] / "cpu_demo" / "make_task.py"
 OUTPUT_FILE = "output.txt"
 """In a run's directory: what its process printed."""
+PROBE_FILE = "probe.json"
+"""In a run's directory: the sensitivity of its warm start, where the law asks for it."""
 
 
 @dataclass
@@ -177,13 +179,29 @@ def commands_of(run: StudyRun, root: Path) -> list[list[str]]:
         commands = [["sft", config, *options]]
     else:
         start = ["--checkpoint", str(root / run.start / "checkpoints")]
-        commands = [["train", config, *start, *options]]
+        commands = []
+        if run.options["nested.law"] == "sensitivity":
+            probe = str(directory / PROBE_FILE)
+            commands.append(["probe", *start, "--output", probe, *_probe_options(run.setup, files)])
+            options.append(f"nested.sensitivity_path={json.dumps(probe)}")
+        commands.append(["train", config, *start, *options])
     if run.setup.evaluation is not None:
         end = ["--checkpoint", str(directory / "checkpoints")]
         apart = _words({**files, **run.options, **run.setup.evaluation})
         output = ["--output", str(directory / EVALUATION_FILE)]
         commands.append(["evaluate", config, *end, *output, *apart])
     return [[sys.executable, "-m", "nested_reft_mcore", *words] for words in commands]
+
+
+def _probe_options(setup: Setup, files: dict[str, Any]) -> list[str]:
+    """The probe reads training prompts, at the seed of the run."""
+    given = {
+        "prompts": files["data.train_path"],
+        "tokenizer": files["data.tokenizer_path"],
+        "seed": files["seed"],
+        **setup.probe,
+    }
+    return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
 def _words(options: dict[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 Micro-batches and replicas each return sums beside the counts that divide them (`MetricSums`); both
 are added, and divided once (`finalize_metrics`). Maxima are combined by maximum. A percentile does
-not add up at all: `ratio_p05` wants all the log-ratios together.
+not add up at all: `ratio_p05` wants all the log-ratios together. `MetricTerms` has the three.
 
 Off-policy statistics are over all response tokens whose ratio is finite, rejected ones included:
 what has been rejected is still off-policy.
@@ -11,7 +11,7 @@ what has been rejected is still off-policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,39 @@ class MetricSums:
                 for name, value in values.items():
                     into[name] = into.get(name, 0.0) + value
         return cls(sums, counts)
+
+
+@dataclass(frozen=True)
+class MetricTerms:
+    """What metrics are made of, of some tokens; adds over micro-batches, replicas and updates."""
+
+    sums: MetricSums
+    maxima: Mapping[str, Number]
+    log_ratios: Float[Tensor, " tokens"]
+    """Of the response tokens with a finite ratio."""
+
+    def on_host(self) -> MetricTerms:
+        """The same as Python floats and a tensor on the CPU, to be sent to other processes."""
+        maxima = {name: float(value) for name, value in self.maxima.items()}
+        return MetricTerms(self.sums.numbers(), maxima, self.log_ratios.cpu())
+
+    @classmethod
+    def total(cls, parts: Sequence[MetricTerms]) -> MetricTerms:
+        """Of all tokens of the parts, at least one."""
+        maxima: dict[str, Number] = {}
+        for part in parts:
+            for name, value in part.maxima.items():
+                maxima[name] = max(maxima.get(name, value), value)
+        return cls(
+            MetricSums.total(part.sums for part in parts),
+            maxima,
+            torch.cat([part.log_ratios for part in parts]),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Those of `finalize_metrics`, and `nested/ratio_p05`."""
+        finished = finalize_metrics(self.sums, self.maxima)
+        return finished | {"nested/ratio_p05": ratio_p05(self.log_ratios)}
 
 
 def off_policy_sums(

@@ -215,6 +215,30 @@ def inclusion_probabilities(
     return probabilities
 
 
+def fewest_skipped_per_stage(
+    law: SkipLaw,
+    num_layers: int,
+    num_skipped: int,
+    border_layers: int,
+    stage_of_layer: Sequence[int],
+    part: Part = "layer",
+    stage_extra_cost: Sequence[float] | None = None,
+    protected_layers: Collection[int] = (),
+) -> list[int]:
+    """Entries that every plan of the law takes from each stage, at least; as for `draw_plan`.
+
+    What a stage keeps at most decides about its memory.
+    """
+    valid = _valid_layers(num_layers, num_skipped, border_layers, protected_layers)
+    pools = _stage_pools(valid, num_layers, stage_of_layer, stage_extra_cost)
+    floors = _stage_floors(law, pools, num_skipped, PART_COST[part])
+    # What the other stages cannot give up either.
+    return [
+        max(floor, num_skipped - (len(valid) - len(pool.valid)))
+        for floor, pool in zip(floors, pools, strict=True)
+    ]
+
+
 def predicted_speedup(
     plan: LayerSkipPlan,
     stage_of_layer: Sequence[int],

@@ -154,21 +154,24 @@ def _denominator_table(atlas: Atlas) -> str:
     sizes = atlas.settings.batch_sizes[0], atlas.settings.batch_sizes[-1]
 
     def cell(point: Point) -> str:
-        return f"{point.cosine:.3f}" + "".join(f" / {point.scaled_error[b]:.3f}" for b in sizes)
+        exact = f"{_number(point.bias)} / {point.cosine:.3f} / {_number(point.variance)}"
+        return exact + "".join(f" / {point.scaled_error[b]:.3f}" for b in sizes)
 
     rows = [
         (name, *(cell(point) for point in points))
         for name, points in _by_name(atlas.select("denominator"), with_section=True).items()
     ]
-    return _markdown((f"cosine / batch of {sizes[0]} / {sizes[1]}", *_depths(atlas)), rows)
+    return _markdown(
+        (f"bias / cosine / variance / batch of {sizes[0]} / {sizes[1]}", *_depths(atlas)), rows
+    )
 
 
 def _group_table(atlas: Atlas) -> str:
     rows = [
-        (name, *(f"{_number(p.bias)} / {p.cosine:.3f}" for p in points))
+        (name, *(f"{_number(p.bias)} / {p.cosine:.3f} / {_number(p.variance)}" for p in points))
         for name, points in _by_name(atlas.select("group"), with_section=True).items()
     ]
-    return _markdown(("bias / cosine", *_depths(atlas)), rows)
+    return _markdown(("bias / cosine / variance", *_depths(atlas)), rows)
 
 
 def _depths(atlas: Atlas) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +58,9 @@ from nested_reft_mcore.training.sensitivity_law import law_of_parts
 PARTS: tuple[Part, ...] = ("layer", "attention", "mlp")
 _LEVELS = (0.3, 0.6, 1.0)
 """Shares of the budget that the sums of KLs of calibration plans fill."""
+_WITHIN = 1 / 3
+"""Share of the calibration plans that has to be within the budget itself, if any plans are."""
+_MOST_CALIBRATIONS = 5
 _RANDOM, _CALIBRATION, _HELD_OUT, _ADVICE = range(4)
 _ADVICE_DRAWS = 32
 
@@ -161,7 +164,11 @@ class Probe:
         self._law_of = partial(law_of_parts, parts, times, stage_of_layer=policy.stage_of_layer)
         self._own_kl = {(p.layer, p.part): p.kl for p in parts}
         advices, plans = self._random_layers(parts)
-        calibration = self._calibration_plans()
+        calibration = plans_near_budget(
+            options.kl_budget,
+            self._calibration_plans,
+            lambda plans: [found.kl for found in self._measure(plans, "calibration")],
+        )
         fit, largest = self._fit(calibration, plans)
         law = self._law(options.kl_budget, fit.interaction)
         # More are drawn than wanted: those that the fit has seen test nothing.
@@ -264,11 +271,11 @@ class Probe:
                 )
         return list(dict.fromkeys(plans))
 
-    def _calibration_plans(self) -> list[LayerSkipPlan]:
+    def _calibration_plans(self, kl_budget: float) -> list[LayerSkipPlan]:
         """Plans of the law that takes sums for KLs, at several shares of the budget."""
         plans: list[LayerSkipPlan] = []
         for place, level in enumerate(_LEVELS):
-            law = self._law(level * self._options.kl_budget, KlInteraction())
+            law = self._law(level * kl_budget, KlInteraction())
             number = self._options.calibration // len(_LEVELS)
             plans += self._draw(law, number, _CALIBRATION * 100 + place)
         return plans
@@ -352,6 +359,34 @@ class Probe:
                     progress.update(done, {})
 
             return self._meter.measure(plans, count)
+
+
+def plans_near_budget(
+    kl_budget: float,
+    draw: Callable[[float], list[LayerSkipPlan]],
+    measure: Callable[[list[LayerSkipPlan]], list[float]],
+) -> list[LayerSkipPlan]:
+    """Plans to fit a prediction of KL to, a third of them within the budget if there are such.
+
+    Where parts cost far more together than their sum, plans whose sums are near the budget say
+    nothing about it: smaller sums are tried.
+
+    Args:
+        kl_budget: Nats per token.
+        draw: A bound on the sum of the parts' KLs to plans; none where it buys nothing.
+        measure: Plans to their KLs.
+    """
+    bound, plans = kl_budget, list[LayerSkipPlan]()
+    for _ in range(_MOST_CALIBRATIONS):
+        cheaper = draw(bound)
+        if not cheaper:
+            break
+        plans = cheaper
+        within = sum(kl <= kl_budget for kl in measure(plans))
+        if within >= _WITHIN * len(plans):
+            break
+        bound /= 4
+    return plans
 
 
 def _sample_answers(

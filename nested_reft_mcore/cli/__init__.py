@@ -13,11 +13,16 @@ import typer
 
 from nested_reft_mcore.cli.atlas import atlas
 from nested_reft_mcore.cli.bench import bench_app
-from nested_reft_mcore.cli.checking import preflight
+from nested_reft_mcore.cli.checking import doctor, preflight
 from nested_reft_mcore.cli.options import (
     Checkpoint,
     ConfigFile,
+    DryGpus,
+    DryHardware,
+    DryNodes,
+    DryRun,
     Dtype,
+    Force,
     Hf,
     Overrides,
     PipelineParallel,
@@ -26,8 +31,12 @@ from nested_reft_mcore.cli.options import (
     Template,
     TensorParallel,
     TokenizerPath,
+    Tolerance,
+    Verify,
+    WrittenDtype,
     fields,
 )
+from nested_reft_mcore.cli.plan import plan
 from nested_reft_mcore.cli.probe import probe
 
 app = typer.Typer(
@@ -52,21 +61,15 @@ convert_app = typer.Typer(
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(atlas)
+app.command()(doctor)
 app.command()(preflight)
+app.command()(plan)
 app.command()(probe)
 
 SkipLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Layers or parts not to run: 3,5.attention,7.mlp."),
 ]
-WrittenDtype = Annotated[
-    str, typer.Option(metavar="auto|float32|bfloat16", help="Type of the written weights.")
-]
-Verify = Annotated[
-    bool, typer.Option("--verify", help="Compare float32 logits of both models; 1 if they differ.")
-]
-Tolerance = Annotated[float, typer.Option(help="Largest difference that --verify accepts.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output of the same kind.")]
 
 
 def main() -> None:
@@ -95,6 +98,7 @@ def describe(
     A run from start to end:
       nested-reft doctor                        is everything there?
       nested-reft preflight config.yaml         is every node fit?
+      nested-reft plan config.yaml --nodes 2    does it fit?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
       nested-reft evaluate config.yaml          full-depth accuracy
@@ -109,7 +113,14 @@ def describe(
 
 @app.command()
 def train(
-    config: ConfigFile, overrides: Overrides = None, hf: Hf = None, checkpoint: Checkpoint = None
+    config: ConfigFile,
+    overrides: Overrides = None,
+    hf: Hf = None,
+    checkpoint: Checkpoint = None,
+    dry_run: DryRun = False,
+    nodes: DryNodes = None,
+    gpus_per_node: DryGpus = None,
+    hardware: DryHardware = "h100",
 ) -> None:
     """Fine-tune with rewards: nested rollouts, importance correction, full-depth updates.
 
@@ -123,12 +134,19 @@ def train(
       nested-reft train config.yaml nested.num_skipped=4 optimizer.lr=1e-6
       nested-reft train config.yaml --hf models/base run_dir=runs/second
       nested-reft train config.yaml parallel.pipeline_model_parallel_size=2
+      nested-reft train config.yaml --dry-run --nodes 2 --gpus-per-node 8
       srun --ntasks=16 nested-reft train config.yaml
     """
     from nested_reft_mcore.cli.entry import leave
+
+    given = overrides or []
+    if dry_run:
+        from nested_reft_mcore.cli.dry_run import run_dry
+
+        leave(lambda: run_dry(config, given, hf, checkpoint, nodes, gpus_per_node, hardware))
     from nested_reft_mcore.cli.runs import run_train, with_model
 
-    leave(lambda: run_train(config, with_model(overrides or [], hf, checkpoint)))
+    leave(lambda: run_train(config, with_model(given, hf, checkpoint)))
 
 
 @app.command()
@@ -366,23 +384,3 @@ def inspect(
     from nested_reft_mcore.cli.files import run_inspect
 
     leave(lambda: run_inspect(directory, checksums, every_tensor, json_output))
-
-
-@app.command()
-def doctor(
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of tables.")
-    ] = False,
-) -> None:
-    """Say what is installed, what is missing and what is used instead.
-
-    Leaves with 1 if something that is needed is missing.
-
-    \b
-    Examples:
-      nested-reft doctor
-      nested-reft doctor --json > machine.json
-    """
-    from nested_reft_mcore.launch.doctor import run_doctor
-
-    raise typer.Exit(run_doctor(as_json=json_output))

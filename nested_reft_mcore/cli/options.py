@@ -38,6 +38,29 @@ Template = Annotated[
 Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16", help="Type of the weights.")]
 TensorParallel = Annotated[int, typer.Option(help="Processes that share each layer.")]
 PipelineParallel = Annotated[int, typer.Option(help="Stages that the layers are cut into.")]
+WrittenDtype = Annotated[
+    str, typer.Option(metavar="auto|float32|bfloat16", help="Type of the written weights.")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Compare float32 logits of both models; 1 if they differ.")
+]
+Tolerance = Annotated[float, typer.Option(help="Largest difference that --verify accepts.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output of the same kind.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check and say what would be started; start nothing.")
+]
+DryNodes = Annotated[
+    int | None, typer.Option("--nodes", min=1, help="For --dry-run: machines; default 1.")
+]
+DryHardware = Annotated[
+    str, typer.Option("--hardware", metavar="NAME|FILE", help="For --dry-run: as for `plan`.")
+]
+DryGpus = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus-per-node", min=1, help="For --dry-run: processes on each; default: as needed."
+    ),
+]
 
 
 def fields(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,12 @@ def check_model_fits(architecture: ModelArchitecture, parallel: ParallelConfig) 
         )
 
 
+def stage_of_layer(num_layers: int, pipeline_size: int, num_chunks: int) -> tuple[int, ...]:
+    """The pipeline rank of each global layer; chunk v of rank p follows chunk v of rank p - 1."""
+    per_chunk = num_layers // (pipeline_size * num_chunks)
+    return tuple((layer // per_chunk) % pipeline_size for layer in range(num_layers))
+
+
 def needed_processes(parallel: ParallelConfig) -> int:
     """How many processes a bare start has to make."""
     return (

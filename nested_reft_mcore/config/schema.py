@@ -201,7 +201,7 @@ class AlgorithmConfig(Section):
     """Rejections, comma-separated: token_k1 to _k3, seq_sum_k1, seq_mean_k3, seq_max_k2, ...."""
     rollout_rs_threshold: float | str | None = None
     """Bound of each rejection, comma-separated; k1: behavior / target as "low_high", else nats."""
-    log_ratio_clamp: float = Field(default=20.0, gt=0)
+    log_ratio_clamp: float = Field(default=20.0, gt=0, le=80)
     """Log importance ratios are cut to this magnitude."""
     objective: Literal["reinforce", "ppo_clip", "cispo", "gspo"] = "reinforce"
     """Policy-gradient objective."""

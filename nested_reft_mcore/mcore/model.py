@@ -18,6 +18,7 @@ from megatron.core.utils import make_viewless_tensor
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.architecture import ModelArchitecture, RopeScaling
+from nested_reft_mcore.config.layout import stage_of_layer
 from nested_reft_mcore.config.schema import ModelConfig, ParallelConfig
 from nested_reft_mcore.hf.transforms import padded_vocab_size
 from nested_reft_mcore.launch.context import ParallelContext
@@ -108,12 +109,6 @@ class Policy:
         for layer in self.layers:
             layer.skip_attention = plan.skips_attention(layer.global_index)
             layer.skip_mlp = plan.skips_mlp(layer.global_index)
-
-
-def stage_of_layer(num_layers: int, pipeline_size: int, num_chunks: int) -> tuple[int, ...]:
-    """The pipeline rank of each global layer; chunk v of rank p follows chunk v of rank p - 1."""
-    per_chunk = num_layers // (pipeline_size * num_chunks)
-    return tuple((layer // per_chunk) % pipeline_size for layer in range(num_layers))
 
 
 def build_policy(

@@ -1,1 +1,1 @@
-"""Memory and time models."""
+"""What a run will need and give, told before it starts: memory of every rank, time of a step."""

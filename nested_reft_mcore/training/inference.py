@@ -16,6 +16,7 @@ from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, draw_plan, num
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.inference import GenerateOptions, ModelSource, ScoreOptions
+from nested_reft_mcore.config.layout import stage_of_layer
 from nested_reft_mcore.config.probe import ProbeOptions
 from nested_reft_mcore.config.schema import ModelConfig
 from nested_reft_mcore.data.completions import GivenCompletion, read_completions
@@ -25,7 +26,6 @@ from nested_reft_mcore.data.prompts import read_requests
 from nested_reft_mcore.data.tokenizers import Tokenizer
 from nested_reft_mcore.hf.config import model_architecture
 from nested_reft_mcore.launch.context import ParallelContext
-from nested_reft_mcore.mcore.model import stage_of_layer
 from nested_reft_mcore.rollout.types import Prompt, SamplingParams
 from nested_reft_mcore.training.chunks import write_from_main
 from nested_reft_mcore.training.completing import GenerationTotals, completed_lines

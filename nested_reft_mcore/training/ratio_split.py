@@ -64,19 +64,18 @@ class RatioSplit:
         """Means of the three parts over the global batch, in nats; every process calls it.
 
         `updates_logprobs` are the target's log-probs that each update saw, its mini-batch dealt as
-        `TrainingBatch.deal` does. As for all metrics of a step, each mini-batch counts the same.
+        `TrainingBatch.deal` does. As for all metrics of a step, tokens of all updates count alike.
         """
         num_updates = len(updates_logprobs)
         mine = [
             self._sums(slice(number, None, num_updates), target)
             for number, target in enumerate(updates_logprobs)
         ]
-        means = []
-        for sums in zip(*gather_from_replicas(mine, context), strict=True):
-            total = add_up(sums)
-            tokens = max(total.pop(_NUM_TOKENS), 1.0)
-            means.append({name: value / tokens for name, value in total.items()})
-        return {name: total / num_updates for name, total in add_up(means).items()}
+        total = add_up(
+            [sums for replica in gather_from_replicas(mine, context) for sums in replica]
+        )
+        tokens = max(total.pop(_NUM_TOKENS), 1.0)
+        return {name: value / tokens for name, value in total.items()}
 
     def _sums(self, rows: slice, target: Tensor) -> dict[str, float]:
         chain = torch.stack(

@@ -37,7 +37,7 @@ from nested_reft_mcore.training.replicas import is_replica_writer
 from nested_reft_mcore.training.run import Run
 from nested_reft_mcore.training.sensitivity_law import load_sensitivity_law
 from nested_reft_mcore.training.steering import SkipSteering
-from nested_reft_mcore.training.update import Learner, UpdateResult, mean_over_updates
+from nested_reft_mcore.training.update import Learner, UpdateResult, metrics_of_step
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _loop(
                 fault_point("mid-update", step, run.context.rank)
             if step == first_step:
                 _check_engine_noise(run, rollouts.plan, updates[0])
-            metrics |= mean_over_updates(updates) | judge.metrics()
+            metrics |= metrics_of_step(updates) | judge.metrics()
             if split is not None:
                 metrics |= split.metrics([update.logprobs for update in updates], run.context)
         # The weights have changed: from here on the step is done, whoever asks to stop.

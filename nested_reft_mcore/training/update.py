@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nested_reft_mcore.algorithm.diagnostics import MetricSums, finalize_metrics, ratio_p05
+from nested_reft_mcore.algorithm.diagnostics import MetricTerms
 from nested_reft_mcore.algorithm.importance import CorrectionSettings
 from nested_reft_mcore.algorithm.objectives import LossInputs, ObjectiveSettings, policy_loss
 from nested_reft_mcore.algorithm.rejection import RejectionRule
@@ -38,10 +37,17 @@ class UpdateResult:
 
     applied: bool
     """False where the gradient was not finite and the weights stayed as they were."""
-    metrics: dict[str, float]
-    """Over the global mini-batch."""
+    terms: MetricTerms
+    """Of the global mini-batch."""
+    figures: dict[str, float]
+    """Of the update as such: gradient norm, learning rate, padding."""
     logprobs: Tensor
     """`[batch, seq]` float32 on the CPU: this replica's, of the labels, before the update."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Over the global mini-batch."""
+        return self.terms.metrics() | self.figures
 
 
 def objective_settings(config: AlgorithmConfig, max_response_length: int) -> ObjectiveSettings:
@@ -147,22 +153,25 @@ class Learner:
                 **self._pass_options,
             )
             outcome = self._optimizer.step()
-        metrics = _global_metrics(result.outputs, self._policy.context)
-        metrics["perf/padding_share"] = _padding_share(result, self._policy.context)
-        metrics["actor/grad_norm"] = outcome.grad_norm
-        metrics["actor/lr"] = outcome.lr
-        return UpdateResult(outcome.applied, metrics, result.logprobs)
+        figures = {
+            "perf/padding_share": _padding_share(result, self._policy.context),
+            "actor/grad_norm": outcome.grad_norm,
+            "actor/lr": outcome.lr,
+        }
+        terms = _global_terms(result.outputs, self._policy.context)
+        return UpdateResult(outcome.applied, terms, figures, result.logprobs)
 
 
-def mean_over_updates(updates: Sequence[UpdateResult]) -> dict[str, float]:
-    """Metrics of a step: means over its updates."""
-    names = [name for name in updates[0].metrics if all(name in u.metrics for u in updates)]
-    return {name: sum(u.metrics[name] for u in updates) / len(updates) for name in names}
+def metrics_of_step(updates: Sequence[UpdateResult]) -> dict[str, float]:
+    """Over the tokens of all updates at once; of what an update is as such, the mean over them."""
+    names = updates[0].figures
+    means = {name: sum(u.figures[name] for u in updates) / len(updates) for name in names}
+    return MetricTerms.total([update.terms for update in updates]).metrics() | means
 
 
 def _micro_batch_loss(
     logprobs: Tensor, entropies: Tensor, batch: TrainingBatch, *, settings: ObjectiveSettings
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+) -> tuple[Tensor, Tensor, MetricTerms]:
     output = policy_loss(
         LossInputs(
             target_logprobs=logprobs,
@@ -175,44 +184,22 @@ def _micro_batch_loss(
         ),
         settings,
     )
-    terms = {
-        "sums": output.metrics,
-        "maxima": output.maxima,
-        "log_ratios": output.log_ratios,
-    }
+    terms = MetricTerms(output.metrics, output.maxima, output.log_ratios)
     return output.loss_sum, output.denominator, terms
 
 
-def _global_metrics(
-    micro_batches: list[dict[str, Any]], context: ParallelContext
-) -> dict[str, float]:
-    """Add the last stage's terms over micro-batches and replicas, and divide once."""
-    local: dict[str, Any] = {}
+def _global_terms(micro_batches: list[MetricTerms], context: ParallelContext) -> MetricTerms:
+    """The last stage's terms, over micro-batches and replicas."""
+    local: MetricTerms | None = None
     if context.is_last_stage:
-        local = {
-            # Read back here, when the schedule is over, and not between its passes.
-            "sums": MetricSums.total(terms["sums"] for terms in micro_batches).numbers(),
-            "maxima": _largest(terms["maxima"] for terms in micro_batches),
-            "log_ratios": torch.cat([terms["log_ratios"].cpu() for terms in micro_batches]),
-        }
-    replicas = gather_from_replicas(broadcast_object(local, context), context)
-    metrics = finalize_metrics(
-        MetricSums.total(replica["sums"] for replica in replicas),
-        _largest(replica["maxima"] for replica in replicas),
-    )
-    log_ratios = torch.cat([replica["log_ratios"] for replica in replicas])
-    return metrics | {"nested/ratio_p05": ratio_p05(log_ratios)}
+        # Read back here, when the schedule is over, and not between its passes.
+        local = MetricTerms.total(micro_batches).on_host()
+    of_replica = broadcast_object(local, context)
+    assert of_replica is not None, "the last stage has it"
+    return MetricTerms.total(gather_from_replicas(of_replica, context))
 
 
 def _padding_share(result: PassResult, context: ParallelContext) -> float:
     """Of the places that pass through the model, those that no loss or context needs."""
     counts = gather_from_replicas((result.num_tokens, result.num_places), context)
     return 1 - sum(tokens for tokens, _ in counts) / sum(places for _, places in counts)
-
-
-def _largest(parts: Any) -> dict[str, float]:
-    largest: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            largest[name] = max(largest.get(name, float("-inf")), float(value))
-    return largest

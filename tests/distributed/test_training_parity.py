@@ -124,7 +124,9 @@ def _assert_same(
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             # Means over tokens whose terms are of order 1; a ratio of 1 has a log of rounding size.
-            assert ours[name] == pytest.approx(value, rel=1e-5, abs=2e-7), (what, update, name)
+            # Squares of products of up to eight ratios multiply the differences of the log-probs.
+            rel = 1e-4 if "seq" in name else 1e-5
+            assert ours[name] == pytest.approx(value, rel=rel, abs=2e-7), (what, update, name)
 
 
 def test_a_plan_of_its_own_is_found_out(pair: list[dict[str, Any]]) -> None:

@@ -49,7 +49,14 @@ from nested_reft_mcore.training.update import Learner, UpdateResult
 NUM_PROMPTS, GROUP_SIZE, TEMPERATURE = 8, 2, 0.7
 ALGORITHMS = {
     "reinforce/base": AlgorithmConfig(objective="reinforce", rollout_is="base"),
-    "reinforce/retrace": AlgorithmConfig(objective="reinforce", rollout_is="retrace"),
+    # Weights, rejections and denominators of whole sequences.
+    "reinforce/sequences": AlgorithmConfig(
+        objective="reinforce",
+        rollout_is="geometric",
+        rollout_rs="seq_mean_k1,token_k3",
+        rollout_rs_threshold="3,2",
+        loss_agg_mode="seq-mean-token-mean",
+    ),
     # Bounds so narrow that the second update meets them.
     "ppo_clip/decoupled": AlgorithmConfig(
         objective="ppo_clip", rollout_is="retrace", clip_ratio_low=0.02, clip_ratio_high=0.02

@@ -21,11 +21,10 @@ from nested_reft_mcore.config.checks import (
     check_paths,
     check_warm_up_batches,
 )
-from nested_reft_mcore.config.layout import check_layout, needed_processes
+from nested_reft_mcore.config.layout import check_layout, needed_processes, stage_of_layer
 from nested_reft_mcore.config.load import load_config
 from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.data.jsonl import read_json_lines
-from nested_reft_mcore.mcore.model import stage_of_layer
 
 EXAMPLE = Path(nested_reft_mcore.__file__).parents[1] / "examples" / "smollm2_mawps"
 SMOLLM2 = ModelArchitecture(

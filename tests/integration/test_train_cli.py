@@ -273,6 +273,8 @@ def test_speculative_rollouts_are_on_policy(room: Path) -> None:
         assert line["nested/draft_skip_ratio"] > 0
         assert line["nested/num_skipped"] == 0
         assert line["nested/layer_passes/stage_0"] > 0
+        # No coefficient asks for a reference policy, so there is none.
+        assert "timing_s/ref" not in line
     first = _updates(room / "lossless")[0]
     assert abs(first["rollout_corr/kl"]) < 1e-5
     assert first["nested/ess"] == pytest.approx(1.0, abs=1e-4)

@@ -2,16 +2,19 @@
 
 import math
 from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from nested_reft_mcore.algorithm.aggregation import LossAggMode
 from nested_reft_mcore.algorithm.counter_random import permutation
 from nested_reft_mcore.algorithm.diagnostics import MetricSums, finalize_metrics, ratio_p05
 from nested_reft_mcore.algorithm.importance import CorrectionSettings
 from nested_reft_mcore.algorithm.objectives import LossInputs, ObjectiveSettings, policy_loss
+from nested_reft_mcore.algorithm.rejection import RejectionRule
 
 POISON = (float("nan"), float("inf"), -float("inf"), 1e300)
 
@@ -26,6 +29,19 @@ all_settings = st.one_of(
         clip_ratio_high=st.sampled_from([0.0, 0.28, 3.0]),
     ),
     st.just(ObjectiveSettings(objective="ppo_clip", bypass_mode=True)),
+)
+REJECTIONS = (
+    (),
+    (RejectionRule("token_k1", 1.5),),
+    (RejectionRule("seq_mean_k3", 0.2), RejectionRule("token_k2", 0.5)),
+)
+sequence_settings = st.builds(
+    ObjectiveSettings,
+    objective=st.sampled_from(["reinforce", "ppo_clip", "gspo", "cispo"]),
+    correction=st.sampled_from(["retrace", "trajectory", "geometric", "prefix"]),
+    rejections=st.sampled_from(REJECTIONS),
+    loss_agg_mode=st.sampled_from(get_args(LossAggMode)),
+    max_response_length=st.just(6),
 )
 
 
@@ -64,7 +80,7 @@ def rows(inputs, index):
     return LossInputs(**{f.name: getattr(inputs, f.name)[index] for f in fields(inputs)})
 
 
-@given(loss_inputs(), all_settings, st.data())
+@given(loss_inputs(), all_settings | sequence_settings, st.data())
 def test_masked_positions_influence_nothing(inputs, settings, data):
     hidden = ~inputs.response_mask
     poisons = st.sampled_from(POISON)
@@ -81,8 +97,9 @@ def test_masked_positions_influence_nothing(inputs, settings, data):
     assert torch.equal(clean_output.loss_sum, dirty_output.loss_sum)
     assert torch.equal(clean_gradient, dirty_gradient)
     assert bool((dirty_gradient[hidden] == 0).all())
-    assert int(clean_output.denominator) == int(inputs.response_mask.sum())
-    assert int(dirty_output.denominator) == int(inputs.response_mask.sum())
+    assert int(clean_output.denominator) == int(dirty_output.denominator)
+    if settings.loss_agg_mode == "token-mean" and not settings.rejections:
+        assert int(dirty_output.denominator) == int(inputs.response_mask.sum())
     assert {k: v.item() for k, v in clean_output.metrics.sums.items()} == {
         k: v.item() for k, v in dirty_output.metrics.sums.items()
     }
@@ -90,7 +107,7 @@ def test_masked_positions_influence_nothing(inputs, settings, data):
     assert torch.equal(clean_output.log_ratios, dirty_output.log_ratios)
 
 
-@given(loss_inputs(), all_settings, st.integers(1, 5), st.integers(0, 1000))
+@given(loss_inputs(), all_settings | sequence_settings, st.integers(1, 5), st.integers(0, 1000))
 def test_splits_and_order_change_nothing(inputs, settings, chunk, seed):
     whole, gradient = evaluate(inputs, settings)
     order = torch.tensor(permutation(len(inputs.advantages), seed))

@@ -64,8 +64,12 @@ def test_the_fullest_is_as_small_as_can_be(lengths: list[int], multiple: int, wa
 def test_replicas_have_equally_much_to_do(lengths: list[int], replicas: int) -> None:
     dealt = deal_rows(lengths, replicas)
     assert sorted(row for rows in dealt for row in rows) == list(range(len(lengths)))
+    assert dealt == [sorted(rows) for rows in dealt]
     loads = [sum(lengths[row] for row in rows) for rows in dealt]
     assert max(loads) - min(loads) <= max(lengths)
+    # Before its last and shortest row a replica had no more to do than any has in the end.
+    for rows, load in zip(dealt, loads, strict=True):
+        assert not rows or load - min(lengths[row] for row in rows) <= min(loads)
     assert sum(1 for rows in dealt if rows) == min(replicas, len(lengths))
 
 

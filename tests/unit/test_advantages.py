@@ -74,3 +74,11 @@ def test_mistakes_are_refused():
         group_relative_advantages(torch.tensor([0.0, float("nan")]), group_size=2)
     with pytest.raises(ValueError, match="at least one completion"):
         group_relative_advantages(torch.tensor([]), group_size=2)
+
+
+def test_reinforce_plus_plus_divides_by_the_deviation_of_the_whole_batch():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 3.0, 5.0, 4.0], dtype=torch.float64)
+    # Less the means 1/3 and 4; squares 2/3 and 2, a sixth of their sum is 4/9.
+    want = [r / (2 / 3 + 1e-6) for r in (2 / 3, -1 / 3, -1 / 3, -1.0, 1.0, 0.0)]
+    got = group_relative_advantages(rewards, "reinforce_plus_plus_baseline", group_size=3)
+    assert got.tolist() == pytest.approx(want, rel=1e-12)

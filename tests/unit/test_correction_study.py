@@ -20,7 +20,7 @@ sys.path.insert(0, str(EXAMPLE))
 from paired import paired_interval, t_quantile  # noqa: E402
 from plan import OUTCOME_FILE, WARM_UP, load_study, state_of  # noqa: E402
 from report import by_arm, markdown, table_of  # noqa: E402
-from runner import OUTPUT_FILE, Runner, commands_of  # noqa: E402
+from runner import OUTPUT_FILE, PROBE_FILE, Runner, commands_of  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,18 @@ def test_study_file_holds_runs_that_train_accepts(tmp_path):
         words = next(w for w in commands_of(run, tmp_path) if "train" in w)
         overrides = [w for w in words if "=" in w and not w.startswith("-")]
         check_for_training(load_config(run.setup.config, overrides))
+
+
+def test_runs_by_sensitivity_probe_their_own_warm_start_first(tmp_path):
+    runs = load_study(EXAMPLE / "study.yaml").runs
+    run = next(run for run in runs if run.options.get("nested.law") == "sensitivity")
+    probe, train = commands_of(run, tmp_path)
+    start = tmp_path / str(run.start) / "checkpoints"
+    file = tmp_path / run.name / PROBE_FILE
+    assert "probe" in probe
+    assert all(words[words.index("--checkpoint") + 1] == str(start) for words in (probe, train))
+    assert probe[probe.index("--output") + 1] == str(file)
+    assert f'nested.sensitivity_path="{file}"' in train
 
 
 def test_study_file_with_a_wrong_name_is_refused(tmp_path):
@@ -224,6 +236,9 @@ def test_table_states_differences_of_pairs():
     assert "**-0.085 (-0.105, -0.065)**" in markdown(table)
     with pytest.raises(ValueError, match="no runs of 'two'"):
         table_of(by_arm(rows), "two")
+    rows[2]["machine"] = {"model": "another"}
+    with pytest.raises(ValueError, match="seed 2 of 'one' was run on another"):
+        table_of(by_arm(rows), "on_policy")
 
 
 def row(arm, seed, accuracy):
@@ -238,5 +253,6 @@ def row(arm, seed, accuracy):
         "evaluations": evaluations,
         "curves": curves,
         "response_length": 3.0,
+        "machine": {"model": "a processor"},
         **numbers,
     }

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from replica_cases import CONTEXT, on_replicas
 from test_config_checks import config, refusal
 
-from nested_reft_mcore.algorithm.advantages import group_relative_advantages
+from nested_reft_mcore.algorithm.advantages import AdvantageMethod, group_relative_advantages
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.launch.context import ParallelContext, ParallelDimension
+from nested_reft_mcore.data.stream import shard_range
+from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.types import Prompt, Rollout, RolloutBatch, RolloutStats
 from nested_reft_mcore.training.advantages import replica_advantages
@@ -21,8 +25,6 @@ from nested_reft_mcore.training.dynamic_sampling import (
 )
 from nested_reft_mcore.training.experience import Experience
 
-ALONE = ParallelDimension(0, 1, (0,))
-CONTEXT = ParallelContext(0, 1, 0, torch.device("cpu"), ALONE, ALONE, ALONE)
 GROUP_SIZE = 2
 NUM_GROUPS = 3
 
@@ -30,15 +32,16 @@ NUM_GROUPS = 3
 class Generator:
     """Groups that are named by their prompt, with or without a difference in rewards."""
 
-    def __init__(self, teaches: str) -> None:
-        """`teaches` has a + for every group that does, in order, over all refills."""
+    def __init__(self, teaches: str, context: ParallelContext = CONTEXT) -> None:
+        """`teaches` has a + for every group that does, in order, over all refills and replicas."""
         self.teaches = teaches
+        self.share = shard_range(NUM_GROUPS, context.data.rank, context.data.size)
         self.calls = 0
 
     def __call__(self, refill: int) -> tuple[RolloutBatch, torch.Tensor]:
         assert refill == self.calls
         self.calls += 1
-        places = range(refill * NUM_GROUPS, (refill + 1) * NUM_GROUPS)
+        places = [refill * NUM_GROUPS + place for place in self.share]
         rollouts = tuple(
             Rollout(Prompt((place,), str(place)), place, sample, (7, 8), (-1.0, -1.0), "stop")
             for place in places
@@ -94,6 +97,24 @@ def test_groups_are_taken_in_order(teaches: str, chosen: str, refills: int, fill
     assert batch.stats.waiting_shares == (0.5, pytest.approx(0.125 * refills))
 
 
+# Of three replicas each has a group a time: some have none of the chosen, or all of them.
+@pytest.mark.parametrize("teaches", ["+++", "-+-+++", "+--+--+--", "-+------+", "---------"])
+def test_replicas_share_what_one_process_chooses(
+    teaches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, rewards, metrics = sample_dynamically(Generator(teaches), NUM_GROUPS, 2, CONTEXT)
+
+    def on_one(context: ParallelContext):
+        return sample_dynamically(Generator(teaches, context), NUM_GROUPS, 2, context)
+
+    parts = on_replicas(3, on_one, monkeypatch)
+    assert sum((batch.rollouts for batch, _, _ in parts), ()) == whole.rollouts
+    assert torch.cat([share for _, share, _ in parts]).tolist() == rewards.tolist()
+    for batch, share, found in parts:
+        assert len(batch.rollouts) == len(share) == GROUP_SIZE
+        assert found == pytest.approx(metrics)
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(1, 10))
 def test_choice_is_of_distinct_groups_and_no_better_one_is_left(is_equal, num_groups) -> None:
     chosen = choose_groups(is_equal, num_groups)
@@ -131,6 +152,22 @@ def test_groups_that_fill_up_have_no_part_in_the_advantages(method: str) -> None
     assert not nobody.any()
     everybody = replica_advantages(rewards, ~nobody, method, GROUP_SIZE, CONTEXT)
     assert everybody.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("method", get_args(AdvantageMethod))
+def test_replicas_are_judged_within_the_global_batch(
+    method: AdvantageMethod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards = torch.tensor([1.0, 0.0, 5.0, -5.0, 0.5, 0.25])
+    left_out = torch.tensor([False, False, True, True, False, False])
+
+    def on_one(context: ParallelContext):
+        rows = slice(GROUP_SIZE * context.data.rank, GROUP_SIZE * (context.data.rank + 1))
+        return replica_advantages(rewards[rows], left_out[rows], method, GROUP_SIZE, context)
+
+    expected = replica_advantages(rewards, left_out, method, GROUP_SIZE, CONTEXT)
+    assert expected.tolist() != [0.0] * 6
+    assert torch.equal(torch.cat(on_replicas(3, on_one, monkeypatch)), expected)
 
 
 def test_rows_without_a_response_count_for_nothing() -> None:

@@ -4,6 +4,7 @@ Stopped gradients are held by hand: where a factor may not move with the target,
 it is made of move along, so that the factor stays what it is.
 """
 
+import math
 from dataclasses import replace
 from typing import get_args
 
@@ -12,9 +13,13 @@ import torch
 
 from nested_reft_mcore.algorithm.advantages import AdvantageMethod, group_relative_advantages
 from nested_reft_mcore.algorithm.diagnostics import finalize_metrics
-from nested_reft_mcore.algorithm.importance import CORRECTIONS, CorrectionSettings
+from nested_reft_mcore.algorithm.importance import (
+    CORRECTIONS,
+    CorrectionSettings,
+    log_importance_ratio,
+)
 from nested_reft_mcore.algorithm.objectives import LossInputs, ObjectiveSettings, policy_loss
-from nested_reft_mcore.algorithm.rejection import REJECTIONS, RejectionRule
+from nested_reft_mcore.algorithm.rejection import REJECTIONS, RejectionRule, accepted
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 OBJECTIVES = ("reinforce", "ppo_clip", "cispo", "gspo")
@@ -248,6 +253,28 @@ def test_bounds_of_a_rejection_are_as_wide_as_its_estimator(name):
             RejectionRule(name, 0.01, 0.001)
     with pytest.raises(ValueError, match="bound above 0"):
         RejectionRule(name, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shift"),
+    [
+        (RejectionRule("token_k1", 2.0), math.log(2)),
+        (RejectionRule("token_k1", 4.0, 0.5), math.log(2)),
+        (RejectionRule("token_k1", 2.0, 1e-3), -math.log(2)),
+        (RejectionRule("token_k2", 0.5), 1.0),
+        (RejectionRule("seq_max_k2", 0.5), -1.0),
+        (RejectionRule("seq_sum_k2", 1.0), 1.0),
+    ],
+)
+def test_what_lies_on_a_bound_of_a_rejection_is_kept(rule, shift):
+    def kept(log_ratio: float) -> list[bool]:
+        values = torch.tensor([[log_ratio, log_ratio]], dtype=torch.float64)
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        ratio = log_importance_ratio(values, torch.zeros_like(values), mask, 20.0)
+        return accepted(ratio, (rule,))[0].tolist()
+
+    assert kept(shift) == [True, True]
+    assert kept(shift * (1 + 1e-12)) == [False, False]
 
 
 METHODS = get_args(AdvantageMethod)

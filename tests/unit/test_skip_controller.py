@@ -126,6 +126,13 @@ def test_inside_the_band_nothing_moves() -> None:
     assert set(drive(lambda _step, _level: 0.4, 500, start=4)) == {4}
 
 
+@pytest.mark.parametrize(("kl", "level"), [(0.25, 5), (0.2500001, 4), (0.5, 4), (0.5000001, 3)])
+def test_the_edges_of_the_band_belong_to_the_better_side(kl: float, level: int) -> None:
+    settings = ControllerSettings("kl", 0.5, tuple(range(9)), hysteresis=0.5, patience=1)
+    state = ControllerState.start(settings, 4)
+    assert update(settings, state, {"rollout_corr/kl": kl}).level == level
+
+
 def test_levels_may_have_gaps_and_a_floor() -> None:
     settings = ControllerSettings("kl", target=0.5, levels=(0, 4, 8), max_wait=16)
     levels = drive(growing(noise=0.0), 300, settings, start=8)

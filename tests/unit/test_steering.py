@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from test_config_checks import config, refusal
 
+from nested_reft_mcore.algorithm.diagnostics import MetricSums, MetricTerms
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule
 from nested_reft_mcore.config.errors import UserError
@@ -22,7 +24,11 @@ CONTROLLER = ControllerConfig(metric="kl", target=0.5, patience=1, max_wait=8)
 
 
 def schedule(
-    law: str = "stage_balanced", stages: int = 1, head_cost: float = 0.0, num_skipped: int = 2
+    law: str = "stage_balanced",
+    stages: int = 1,
+    head_cost: float = 0.0,
+    num_skipped: int = 2,
+    protected: tuple[int, ...] = (),
 ) -> LayerSkipSchedule:
     return LayerSkipSchedule(
         law=law,
@@ -33,6 +39,7 @@ def schedule(
         stage_of_layer=tuple(layer // (12 // stages) for layer in range(12)),
         seed=1,
         stage_extra_cost=(*[0.0] * (stages - 1), head_cost),
+        protected_layers=protected,
     )
 
 
@@ -48,6 +55,9 @@ def schedule(
         # A head of two layers: two skips on the last stage alone pay, then one on each.
         (schedule(stages=4, head_cost=2.0), (0, None), (0, 1, 2)),
         (schedule(stages=2, head_cost=2.0), (0, None), (0, 1, 2, 4, 6, 8)),
+        # Of ten between the borders two are protected; the border's own protection counts once.
+        (schedule("uniform", protected=(0, 3, 7)), (5, None), (0, 5, 6, 7, 8)),
+        (schedule(protected=(0, 3, 7)), (5, 99), (0, 5, 6, 7, 8)),
     ],
 )
 def test_only_numbers_that_make_generation_faster_are_levels(made, bounds, levels) -> None:
@@ -87,6 +97,24 @@ def test_metrics_say_what_comes_next_and_when() -> None:
         "controller/num_changes": 1.0,
     }
     assert steering.learn({})["controller/next_num_skipped"] == 1.0
+
+
+def test_the_wait_that_is_told_is_the_one_that_is_kept() -> None:
+    steering = SkipSteering(CONTROLLER, schedule(), {})
+    raises, told = [], []
+    for step in range(100):
+        number = steering.plan(step).num_skipped
+        # Two are too many, and one is well below the limit.
+        found = steering.learn({"rollout_corr/kl": 0.1 if number < 2 else 9.0})
+        told.append(found["controller/steps_before_raise"])
+        if number < 2 and found["controller/next_num_skipped"] == 2:
+            raises.append(step)
+            assert number == 1
+    # It counts down to the step before the raise.
+    for before, after in pairwise(raises):
+        wait = after - before - 1
+        assert told[before + 1 : after] == list(range(wait, 0, -1))
+    assert [after - before - 1 for before, after in pairwise(raises)][:3] == [4, 8, 8]
 
 
 def test_without_a_controller_nothing_is_steered() -> None:
@@ -142,6 +170,7 @@ def test_a_run_warns_of_an_engine_that_disagrees(plan, replay, k3_kl, warns, cap
     run = SimpleNamespace(
         config=config(rollout={"replay": replay}), context=SimpleNamespace(is_main=True)
     )
-    first = UpdateResult(True, {"rollout_corr/k3_kl": k3_kl}, torch.zeros(1, 1))
+    nothing = MetricTerms(MetricSums({}, {}), {}, torch.zeros(0))
+    first = UpdateResult(True, nothing, {"rollout_corr/k3_kl": k3_kl}, torch.zeros(1, 1))
     _check_engine_noise(cast(Any, run), LayerSkipPlan.parse(plan, 12), first)
     assert ("every importance ratio is off by that" in caplog.text) == warns

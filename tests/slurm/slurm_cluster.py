@@ -1,0 +1,248 @@
+"""A real Slurm of several nodes on this host: as root, without systemd, cgroups or GPUs.
+
+Needs Debian's slurmctld, slurmd, slurm-client and munge. Declares 8 GPUs and 64 CPUs a node, which
+are not there: the shipped scripts ask for them. By hand, until Ctrl-C:
+
+    python tests/slurm/slurm_cluster.py 4
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "munged", "mungekey")
+HOSTS = Path("/etc/hosts")
+START_SECONDS = 60.0
+
+# Without cgroups a task is a process group. cred_expire shortens the pause before a requeued job
+# starts from 125 to 10 seconds. `low` is preempted by `high`, after ten seconds' notice; `abrupt`
+# without any. config_overrides: believe this file rather than the machine.
+SLURM_CONF = """
+ClusterName=nested
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge.socket,cred_expire=5
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.%n.pid
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool/%n
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd.%n.log
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+GresTypes=gpu
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,preempt_youngest_first
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+JobCompType=jobcomp/none
+JobRequeue=1
+ReturnToService=2
+SlurmdParameters=config_overrides
+SlurmdTimeout=15
+KillWait=5
+MinJobAge=600
+MailProg=/bin/true
+MessageTimeout=30
+{nodes}
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 State=UP
+PartitionName=abrupt Nodes=ALL PriorityTier=1 State=UP
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
+"""
+NODE = (
+    "NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
+    "CPUs=64 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN"
+)
+
+
+def why_not() -> str:
+    """Why no cluster can be started here; empty if one can."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        return (
+            f"no Slurm here: {', '.join(missing)} not found; "
+            "apt-get install slurmctld slurmd slurm-client munge"
+        )
+    return "" if os.geteuid() == 0 else "a cluster of Slurm can only be started by root"
+
+
+class SlurmCluster:
+    """Daemons of one cluster, with files of their own in `directory`."""
+
+    def __init__(self, directory: Path, num_nodes: int) -> None:
+        self.directory = directory
+        self.num_nodes = num_nodes
+        self.conf = directory / "slurm.conf"
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment, turned to the cluster."""
+        return {**os.environ, "SLURM_CONF": str(self.conf)}
+
+    def call(self, *command: str) -> str:
+        """Standard output of a command of Slurm. Raises CalledProcessError."""
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=self.environment()
+        )
+        return done.stdout
+
+    def start_node(self, number: int) -> None:
+        """Start the daemon of a node, numbered from 1."""
+        self._call("slurmd", "-f", str(self.conf), "-N", f"node{number}")
+
+    def lose_node(self, number: int) -> None:
+        """End a node as if its power had gone: its daemon, its tasks and who looks after them."""
+        daemon = psutil.Process(int((self.directory / f"slurmd.node{number}.pid").read_text()))
+        # A slurmstepd is no child of slurmd, but knows its node by the spool directory.
+        mine = [daemon]
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.name().startswith("slurmstepd") and self._is_on(process, number):
+                    mine += [process, *process.children(recursive=True)]
+        for process in mine:
+            with contextlib.suppress(psutil.Error):
+                process.suspend()
+        for process in mine:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def _is_on(self, process: psutil.Process, number: int) -> bool:
+        """Whether a slurmstepd belongs to a node of this cluster."""
+        spool = self.directory / "spool" / f"node{number}"
+        files = [Path(file.path) for file in process.open_files()]
+        tasks = [child.environ() for child in process.children()]
+        ours = any(task.get("SLURM_CONF") == str(self.conf) for task in tasks)
+        named = any(task.get("SLURMD_NODENAME") == f"node{number}" for task in tasks)
+        return any(spool in file.parents for file in files) or (ours and named)
+
+    def stop(self) -> None:
+        """End every job and daemon."""
+        with contextlib.suppress(subprocess.SubprocessError):
+            self._call("scancel", "--user=root")
+            self._call("scancel", "--user=root", "--signal=KILL", "--full")
+            _wait(lambda: not self.call("squeue", "--noheader").strip(), 20, check=False)
+        processes = []
+        for path in self.directory.glob("*.pid"):
+            with contextlib.suppress(psutil.Error, ValueError, OSError):
+                processes.append(psutil.Process(int(path.read_text())))
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        for process in alive:
+            process.kill()
+
+    def _call(self, *command: str) -> None:
+        subprocess.run(command, check=True, env=self.environment(), stdout=subprocess.DEVNULL)
+
+    def _write_files(self) -> None:
+        host = socket.gethostname().split(".")[0]
+        ports = _free_ports(self.num_nodes + 1)
+        for name in ("state", *(f"spool/node{n + 1}" for n in range(self.num_nodes))):
+            (self.directory / name).mkdir(parents=True)
+        nodes = [
+            NODE.format(number=number, host=host, port=ports[number])
+            for number in range(1, self.num_nodes + 1)
+        ]
+        text = SLURM_CONF.format(
+            host=host, port=ports[0], directory=self.directory, nodes="\n".join(nodes)
+        )
+        self.conf.write_text(text)
+        for number in range(8):
+            (self.directory / f"gpu{number}").touch()
+        (self.directory / "gres.conf").write_text(f"Name=gpu File={self.directory}/gpu[0-7]\n")
+        _name_nodes(self.num_nodes)
+
+    def start(self) -> None:
+        """Start every daemon and wait until all nodes are idle."""
+        self._write_files()
+        munge = self.directory / "munge"
+        key = f"{munge}.key"
+        self._call("mungekey", "--create", f"--keyfile={key}")
+        files = [f"--{name}-file={munge}.{name}" for name in ("seed", "log", "pid")]
+        self._call("munged", "--force", f"--socket={munge}.socket", f"--key-file={key}", *files)
+        self._call("slurmctld", "-f", str(self.conf))
+        for number in range(1, self.num_nodes + 1):
+            self.start_node(number)
+        _wait(self.is_idle, START_SECONDS)
+
+    def is_idle(self) -> bool:
+        """Whether every node is up and without a job."""
+        shown = self.call("sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D")
+        return sum(map(int, shown.split())) == self.num_nodes
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, below those that the system hands out by itself."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(10000, 15000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+    return found
+
+
+def _name_nodes(num_nodes: int) -> None:
+    """Names of nodes have to resolve: MASTER_ADDR is one of them."""
+    text = HOSTS.read_text()
+    names = text.split()
+    missing = [f"node{n + 1}" for n in range(num_nodes) if f"node{n + 1}" not in names]
+    if missing:
+        with HOSTS.open("a") as file:
+            file.write("".join(f"127.0.0.1 {name} # nested-reft's tests\n" for name in missing))
+
+
+def _wait(condition: Callable[[], bool], seconds: float, *, check: bool = True) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            if check:
+                raise TimeoutError(f"no Slurm after {seconds} seconds")
+            return
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def slurm_cluster(num_nodes: int) -> Iterator[SlurmCluster]:
+    """A cluster that lives as long as the `with` block."""
+    # A socket's path may have 107 characters, fewer than pytest's directories need.
+    directory = Path(tempfile.mkdtemp(prefix="slurm_"))
+    cluster = SlurmCluster(directory, num_nodes)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if reason := why_not():
+        sys.exit(reason)
+    with slurm_cluster(int(sys.argv[1]) if len(sys.argv) > 1 else 2) as running:
+        ends = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+        print(f"export SLURM_CONF={running.conf}", flush=True)
+        signal.sigwait(ends)
