@@ -13,7 +13,7 @@ import typer
 
 from nested_reft_mcore.cli.atlas import atlas
 from nested_reft_mcore.cli.bench import bench_app
-from nested_reft_mcore.cli.checking import preflight
+from nested_reft_mcore.cli.checking import doctor, preflight
 from nested_reft_mcore.cli.options import (
     Checkpoint,
     ConfigFile,
@@ -61,8 +61,9 @@ convert_app = typer.Typer(
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(atlas)
-app.command()(plan)
+app.command()(doctor)
 app.command()(preflight)
+app.command()(plan)
 app.command()(probe)
 
 SkipLayers = Annotated[
@@ -96,8 +97,8 @@ def describe(
     \b
     A run from start to end:
       nested-reft doctor                        is everything there?
-      nested-reft plan config.yaml --nodes 2    does it fit?
       nested-reft preflight config.yaml         is every node fit?
+      nested-reft plan config.yaml --nodes 2    does it fit?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
       nested-reft evaluate config.yaml          full-depth accuracy
@@ -382,23 +383,3 @@ def inspect(
     from nested_reft_mcore.cli.files import run_inspect
 
     leave(lambda: run_inspect(directory, checksums, every_tensor, json_output))
-
-
-@app.command()
-def doctor(
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of tables.")
-    ] = False,
-) -> None:
-    """Say what is installed, what is missing and what is used instead.
-
-    Leaves with 1 if something that is needed is missing.
-
-    \b
-    Examples:
-      nested-reft doctor
-      nested-reft doctor --json > machine.json
-    """
-    from nested_reft_mcore.launch.doctor import run_doctor
-
-    raise typer.Exit(run_doctor(as_json=json_output))

@@ -1,6 +1,10 @@
-"""`nested-reft preflight` on the command line. Nothing heavy is imported here."""
+"""`nested-reft doctor` and `preflight` on the command line. Nothing heavy is imported here."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+import typer
 
 from nested_reft_mcore.cli.options import ConfigFile, Overrides
 
@@ -21,3 +25,22 @@ def preflight(config: ConfigFile, overrides: Overrides = None) -> None:
     from nested_reft_mcore.cli.preflight import run_preflight
 
     leave(lambda: run_preflight(config, overrides or []))
+
+
+def doctor(
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Say what is installed, what is missing and what is used instead.
+
+    Leaves with 1 if something that is needed is missing.
+
+    \b
+    Examples:
+      nested-reft doctor
+      nested-reft doctor --json > machine.json
+    """
+    from nested_reft_mcore.launch.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(as_json=json_output))

@@ -113,6 +113,8 @@ def _refuse(error: UserError) -> int:
             time.sleep(_HEAD_START_SECONDS)
         _print_error(error, ranks.rank)
         return ExitCode.USER_ERROR
+    if ranks.rank == 0:
+        _print_error(error)
     if ranks.world_size > 1:
         from nested_reft_mcore.launch.meeting import refuse
 
@@ -121,8 +123,6 @@ def _refuse(error: UserError) -> int:
             if ranks.rank == 0:
                 _print_problem(problem)
             return ExitCode.PREFLIGHT
-    if ranks.rank == 0:
-        _print_error(error)
     return ExitCode.USER_ERROR
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from nested_reft_mcore.launch.verdict import Trouble, Verdict, judge
 from nested_reft_mcore.launch.wire import LineClosed, Wire
 
-_GATHER_SECONDS = 1.0
+_GATHER_SECONDS = 2.0
 """All processes may have found the same: so long the first trouble waits for others."""
 _CAUSE_SECONDS = 10.0
 """Who only lost touch with another waits so long for whoever left to be noticed."""
@@ -76,6 +76,7 @@ class Hub:
         self._troubles: list[Trouble] = []
         self._trouble_since = 0.0
         self._strangers: dict[Wire, float] = {}
+        self._pulses: dict[Wire, Member] = {}
         self._listener = listen(local_only)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -151,7 +152,9 @@ class Hub:
         member = next((one for one in self._members if one.wire is wire), None)
         try:
             for message in wire.receive():
-                if member is None:
+                if wire in self._pulses:
+                    self._pulses[wire].last_heard = time.monotonic()
+                elif member is None:
                     member = self._greet(wire, message)
                 else:
                     self._note(member, message)
@@ -159,18 +162,25 @@ class Hub:
             self._selector.unregister(source)
             source.close()
             self._strangers.pop(wire, None)
+            self._pulses.pop(wire, None)
             if member is not None:
                 member.wire = None
                 self._miss(member)
 
-    def _greet(self, wire: Wire, message: dict[str, Any]) -> Member:
-        """Who a new connection is. Raises LineClosed for one that is none of the job's."""
+    def _greet(self, wire: Wire, message: dict[str, Any]) -> Member | None:
+        """Who a new connection is, unless it only brings signs of life.
+
+        Raises LineClosed for one that is none of the job's.
+        """
         rank, token = message.get("rank"), str(message.get("token"))
         knows_us = hmac.compare_digest(token.encode(), self._token.encode())
         if not knows_us or not isinstance(rank, int) or rank not in range(len(self._members)):
             raise LineClosed("a stranger")
         del self._strangers[wire]
         member = self._members[rank]
+        if "pulse" in message:
+            self._pulses[wire] = member
+            return None
         member.wire, member.last_heard = wire, time.monotonic()
         return member
 
@@ -208,7 +218,8 @@ class Hub:
         for member in self._members:
             if member.has_left or member.is_silent:
                 continue
-            if member.wire is not None and now - member.last_heard > self._deadline:
+            # Rank 0's silence is for the others to notice: here it has not had its turn.
+            if member.rank and member.wire is not None and now - member.last_heard > self._deadline:
                 member.is_silent = True
                 text = (
                     f"was lost: no sign of life for {now - member.last_heard:.0f} s (stopped, or "

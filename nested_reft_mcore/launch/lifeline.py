@@ -1,8 +1,8 @@
 """Each process's side of the watch: it says what it does, and leaves when another one is gone.
 
 A thread does this, so that it works while the main thread waits in a collective that nobody will
-ever answer: torch lets go of the interpreter lock there. What it cannot bear is C code that keeps
-that lock for longer than the deadline.
+ever answer: torch lets go of the interpreter lock there. While C code keeps that lock, a helper
+process gives the signs of life (`pulse`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import collections
 import os
 import select
 import socket
+import subprocess
 import threading
 import time
 import traceback
@@ -20,6 +21,7 @@ from typing import Any
 
 from nested_reft_mcore.launch.exit_codes import ExitCode
 from nested_reft_mcore.launch.hub import Hub
+from nested_reft_mcore.launch.pulse import start_pulse
 from nested_reft_mcore.launch.verdict import Verdict
 from nested_reft_mcore.launch.whereabouts import error_whereabouts, main_thread_whereabouts
 from nested_reft_mcore.launch.wire import LineClosed, Wire
@@ -37,14 +39,12 @@ class Watchers:
     address: str
     port: int
     token: str
+    pulse_port: int
+    """Where rank 0's helper gives its signs of life."""
     hub_host: str
     deadline_seconds: float
-    join_seconds: float
-
-    @property
-    def beat_seconds(self) -> float:
-        """Between two signs of life."""
-        return min(1.0, self.deadline_seconds / 5)
+    beat_seconds: float
+    """Between two signs of life."""
 
 
 class Lifeline:
@@ -62,6 +62,7 @@ class Lifeline:
         """Takes lines for this process's log file."""
         self._rank, self._host = rank, host
         self._hub: Hub | None = None
+        self._pulse: subprocess.Popen[bytes] | None = None
         self._outbox: collections.deque[dict[str, Any]] = collections.deque()
         self._sent = threading.Event()
         self._thread: threading.Thread | None = None
@@ -82,20 +83,24 @@ class Lifeline:
         place = self._failed_at or main_thread_whereabouts()
         return ": ".join(part for part in (head, place) if part) or "at its start"
 
-    def host_hub(self, hub: Hub) -> None:
-        """Rank 0: the hub is in this process."""
-        self._hub = hub
+    def host_hub(self, hub: Hub, pulse: subprocess.Popen[bytes]) -> None:
+        """Rank 0: the hub is in this process, which the helper belongs to."""
+        self._hub, self._pulse = hub, pulse
 
     def join(self, watchers: Watchers) -> None:
         """Connect to the hub and begin to watch. Raises OSError where it cannot be reached."""
         # The hub opened before anybody learnt of it: it is there, or nobody can reach it.
-        connection = socket.create_connection((watchers.address, watchers.port), timeout=30)
-        wire = Wire(connection)
-        wire.send({"rank": self._rank, "token": watchers.token})
+        wires: list[Wire] = []
+        for port in (watchers.port, watchers.pulse_port):
+            wires.append(Wire(socket.create_connection((watchers.address, port), timeout=30)))
+            wires[-1].send({"rank": self._rank, "token": watchers.token})
+        if self._hub is None:
+            where = (watchers.address, str(watchers.port), str(self._rank))
+            self._pulse = start_pulse(watchers.token, watchers.beat_seconds, *where)
         reader, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._thread = threading.Thread(
-            target=self._guarded, args=(wire, reader, watchers), name="lifeline", daemon=True
+            target=self._guarded, args=(wires, reader, watchers), name="lifeline", daemon=True
         )
         self._thread.start()
 
@@ -131,6 +136,9 @@ class Lifeline:
         self.farewell()
         if self._hub is not None:
             self._hub.part(_PARTING_SECONDS)
+        if self._pulse is not None:
+            self._pulse.kill()
+            self._pulse.wait()
 
     def farewell(self) -> None:
         """This process leaves at once; nobody is to take it for lost."""
@@ -152,9 +160,9 @@ class Lifeline:
         if self._waker is not None:
             self._waker.send(b"\0")
 
-    def _guarded(self, wire: Wire, reader: socket.socket, watchers: Watchers) -> None:
+    def _guarded(self, wires: list[Wire], reader: socket.socket, watchers: Watchers) -> None:
         try:
-            _Watch(self, wire, reader, watchers).run()
+            _Watch(self, wires, reader, watchers).run()
         except Exception:
             # Without a watch the run is as good as it was before there was one.
             os.write(2, f"the watch over other processes ended:\n{traceback.format_exc()}".encode())
@@ -200,9 +208,11 @@ class _Watch:
     """The thread of one process."""
 
     def __init__(
-        self, line: Lifeline, wire: Wire, reader: socket.socket, watchers: Watchers
+        self, line: Lifeline, wires: list[Wire], reader: socket.socket, watchers: Watchers
     ) -> None:
-        self._line, self._wire, self._reader, self._watchers = line, wire, reader, watchers
+        self._line, self._reader, self._watchers = line, reader, watchers
+        self._wire = wires[0]
+        self._pulse: Wire | None = wires[1]
         self._verdict: tuple[int, str] | None = None
         self._end_by: float | None = None
         self._is_over = False
@@ -223,13 +233,7 @@ class _Watch:
                         self._line._sent.set()
                         return
                 self._wire.flush()
-                sources = [self._wire, self._reader]
-                readable, _, _ = select.select(sources, [], [], max(0.0, next_beat - now))
-                if self._reader in readable:
-                    self._reader.recv(4096)
-                if self._wire in readable:
-                    for message in self._wire.receive():
-                        self._hear(message)
+                if self._listen(max(0.0, next_beat - now)):
                     last_heard = time.monotonic()
             except LineClosed:
                 self._lose_hub("the process died")
@@ -245,6 +249,23 @@ class _Watch:
                     f"no sign of life for {silence:.0f} s (stopped, or its node is gone)"
                 )
                 return
+
+    def _listen(self, seconds: float) -> bool:
+        """Wait for what comes; whether rank 0 has given a sign of life. Raises LineClosed."""
+        sources = [self._wire, self._reader, *([self._pulse] if self._pulse else [])]
+        readable, _, _ = select.select(sources, [], [], seconds)
+        if self._reader in readable:
+            self._reader.recv(4096)
+        if self._pulse is not None and self._pulse in readable:
+            try:
+                self._pulse.receive()
+            except LineClosed:
+                # The helper alone, or all of rank 0: that is seen on the other wire.
+                self._pulse = None
+        if self._wire in readable:
+            for message in self._wire.receive():
+                self._hear(message)
+        return self._wire in readable or (self._pulse is not None and self._pulse in readable)
 
     def _hear(self, message: dict[str, Any]) -> None:
         if "verdict" in message:

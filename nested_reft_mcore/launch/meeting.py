@@ -20,6 +20,7 @@ from nested_reft_mcore.config.launch import LaunchConfig
 from nested_reft_mcore.launch.context import RankInfo
 from nested_reft_mcore.launch.hub import Hub
 from nested_reft_mcore.launch.lifeline import Lifeline, Watchers, within
+from nested_reft_mcore.launch.pulse import read_port, start_pulse
 from nested_reft_mcore.launch.verdict import VERDICT_KEY, Verdict
 
 if TYPE_CHECKING:
@@ -56,14 +57,15 @@ def meet(ranks: RankInfo, line: Lifeline, config: LaunchConfig) -> Meeting:
         UserError: on every process, if all have refused.
     """
     store = open_store(ranks, config.join_deadline_seconds)
-    hub, token = None, ""
+    hub = pulse = None
     if ranks.rank == 0:
         token = secrets.token_hex(16)
         muster = _gather(store, ranks, config.join_deadline_seconds)
         muster["token"] = token
         if not muster["problem"]:
             hub = _open_hub(ranks, line, config, muster, store)
-            muster["port"] = hub.port
+            pulse = start_pulse(token, _beat_seconds(config), _nodes(ranks))
+            muster["port"], muster["pulse_port"] = hub.port, read_port(pulse)
             muster["address"] = "127.0.0.1" if _on_one_node(ranks) else ranks.master_addr
         store.set("muster", json.dumps(muster))
     else:
@@ -76,13 +78,14 @@ def meet(ranks: RankInfo, line: Lifeline, config: LaunchConfig) -> Meeting:
         address="127.0.0.1" if ranks.rank == 0 else muster["address"],
         port=int(muster["port"]),
         token=muster["token"],
+        pulse_port=int(muster["pulse_port"]),
         hub_host=hosts[0],
         deadline_seconds=config.peer_deadline_seconds,
-        join_seconds=config.join_deadline_seconds,
+        beat_seconds=_beat_seconds(config),
     )
-    if hub is not None:
+    if hub is not None and pulse is not None:
         hub.start()
-        line.host_hub(hub)
+        line.host_hub(hub, pulse)
     try:
         line.join(watchers)
     except OSError as error:
@@ -97,8 +100,8 @@ def refuse(ranks: RankInfo, error: UserError, seconds: float = 30.0) -> str | No
     """Tell the others that this process found a mistake before the meeting.
 
     Returns:
-        Nothing where all have refused, or nobody is there: then it is the user's mistake. Where
-        others are well, this process's node is bad: what all of them have been told.
+        Nothing where all that are there have refused: then it is the user's mistake. Where others
+        are well, this process's node is bad: what all of them have been told.
     """
     try:
         store = open_store(ranks, seconds)
@@ -145,6 +148,14 @@ def open_store(ranks: RankInfo, seconds: float) -> Store:
     return dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def _beat_seconds(config: LaunchConfig) -> float:
+    return min(1.0, config.peer_deadline_seconds / 5)
+
+
+def _nodes(ranks: RankInfo) -> str:
+    return "one-node" if _on_one_node(ranks) else "many-nodes"
+
+
 def _on_one_node(ranks: RankInfo) -> bool:
     return ranks.local_world_size == ranks.world_size
 
@@ -176,7 +187,7 @@ def _gather(store: Store, ranks: RankInfo, seconds: float, problem: str = "") ->
     return {
         "hosts": [arrived[rank]["host"] if rank in arrived else "?" for rank in range(len(keys))],
         "problem": "\n".join(problems),
-        "all_refuse": len(refused) == ranks.world_size,
+        "all_refuse": len(refused) == len(arrived),
     }
 
 
@@ -222,7 +233,7 @@ def _open_hub(
         local_only=_on_one_node(ranks),
         deadline_seconds=config.peer_deadline_seconds,
         join_seconds=config.join_deadline_seconds,
-        beat_seconds=min(1.0, config.peer_deadline_seconds / 5),
+        beat_seconds=_beat_seconds(config),
         last_words=last_words,
         leave=line.leave,
     )

@@ -84,11 +84,8 @@ class Tracker:
         numbers = {name: _to_number(name, value) for name, value in metrics.items()}
         now = self._clock()
         line = json.dumps({"step": step, "time": now, **numbers}, allow_nan=False)
-        try:
-            self._file.write(line + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._file.name) from error
+        self._file.write(line + "\n")
+        self._file.flush()
         finite = {name: value for name, value in numbers.items() if value is not None}
         if self._tensorboard is not None:
             try:

@@ -49,7 +49,7 @@ class Evaluator:
         *,
         interrupted: Callable[[], bool] | None = None,
         check: Callable[[], None] = lambda: None,
-        writing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        writing: Callable[[Path], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """Read the prompts. UserError for anything wrong in the file.
 
@@ -104,7 +104,7 @@ class Evaluator:
         everybody = gather_from_replicas(lines, context)
         if completions_path is not None and is_replica_writer(context) and context.data.rank == 0:
             text = "".join(line for part in everybody for line in part)
-            with self._writing():
+            with self._writing(completions_path):
                 completions_path.parent.mkdir(parents=True, exist_ok=True)
                 completions_path.write_text(text, encoding="utf-8")
         return metrics

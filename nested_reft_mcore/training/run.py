@@ -139,7 +139,7 @@ class Run:
     ) -> None:
         self.progress.__exit__(kind, error, traceback)
         left = self.timers.collect() | self.checkpoints.metrics()
-        with self.writing():
+        with self.writing(self.directory / METRICS_FILE):
             if left and kind is None and self._trouble is None:
                 self.tracker.log(self.state.step, left)
             self.tracker.close()
@@ -209,13 +209,12 @@ class Run:
         self._trouble = self._trouble or text
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Around what writes files beside checkpoints: what cannot be written is trouble."""
+    def writing(self, path: Path) -> Iterator[None]:
+        """Around what writes a file beside checkpoints: what cannot be written is trouble."""
         try:
             yield
         except OSError as error:
-            name = f"{error.filename}: " if error.filename else f"{self.directory}: "
-            self.note_trouble(f"{name}cannot be written: {error.strerror}")
+            self.note_trouble(f"{error.filename or path}: cannot be written: {error.strerror}")
 
     def is_interrupted(self) -> bool:
         """Whether a process of this replica was asked to stop; the same answer on all of them."""
@@ -228,7 +227,7 @@ class Run:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Record metrics of the present step, with the times of its phases."""
-        with self.writing():
+        with self.writing(self.directory / METRICS_FILE):
             self.tracker.log(self.state.step, metrics | self._times())
 
     def finish_step(self, metrics: dict[str, float], skipped: str, every: int = 1) -> None:
@@ -246,7 +245,7 @@ class Run:
         tokens = metrics["perf/total_num_tokens"]
         metrics["perf/throughput"] = tokens / seconds / self.context.world_size
         metrics["training/skipped_updates"] = float(self.state.skipped_updates)
-        with self.writing():
+        with self.writing(self.directory / METRICS_FILE):
             self.tracker.log(self.state.step, metrics)
         self.progress.update(self.state.step, metrics, skipped=skipped)
 
@@ -286,7 +285,7 @@ class Run:
         self._save_all()
         self.check(may_stop=False)
         if self.context.is_main:
-            with self.writing():
+            with self.writing(self._requeue_file):
                 self._write_requeue()
             if self._trouble is not None:
                 _log.error("%s; start the same command again by hand", self._trouble)

@@ -21,7 +21,7 @@ from nested_reft_mcore.launch.signals import StopSignals
 from nested_reft_mcore.mcore.hf_weights import export_hf_weights
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.batch import TrainingBatch
-from nested_reft_mcore.rollout.dump import dump_rollouts
+from nested_reft_mcore.rollout.dump import dump_rollouts, rollout_file
 from nested_reft_mcore.training.advantages import replica_advantages, shaped_rewards
 from nested_reft_mcore.training.evaluation import Evaluator
 from nested_reft_mcore.training.experience import (
@@ -140,8 +140,9 @@ def _loop(
         # The weights have changed: from here on the step is done, whoever asks to stop.
         run.check(may_stop=False)
         if config.logging.dump_rollouts and is_replica_writer(run.context):
-            with run.writing():
-                dump_rollouts(run.directory, step, run.context.data.rank, rollouts, scores.tolist())
+            replica = run.context.data.rank
+            with run.writing(rollout_file(run.directory, step, replica)):
+                dump_rollouts(run.directory, step, replica, rollouts, scores.tolist())
         metrics |= steering.learn(metrics)
         state.controller = steering.state_dict()
         state.step, state.data = step + 1, experience.state_dict()

@@ -6,6 +6,8 @@ import re
 import resource
 import socket
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,19 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def faults(room: Path) -> Iterator[dict[str, Future[None]]]:
+    """All of them side by side: they mostly wait."""
+    drills = (no_rollouts, full_disk, spoilt_line, dead_rewards)
+    with ThreadPoolExecutor() as pool:
+        yield {drill.__name__: pool.submit(drill, room) for drill in drills}
+
+
+@pytest.mark.parametrize("name", ["no_rollouts", "full_disk", "spoilt_line", "dead_rewards"])
+def test_the_run_saves_and_stops_or_goes_on(faults: dict[str, Future[None]], name: str) -> None:
+    faults[name].result()
+
+
 def train(name: str, *more: str) -> tuple[str, ...]:
     return ("train", "config.yaml", f"run_dir={name}", *QUICK, *more)
 
@@ -34,7 +49,7 @@ def saved_steps(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
 
 
-def test_rollouts_that_cannot_be_written_save_and_stop_the_run(room: Path) -> None:
+def no_rollouts(room: Path) -> None:
     """The second replica's: both processes save the step, and the first one says who and what."""
     run_dir = room / "rollouts"
     # Whatever the user may do, a directory is not replaced by a file.
@@ -50,7 +65,7 @@ def test_rollouts_that_cannot_be_written_save_and_stop_the_run(room: Path) -> No
     (run_dir / "rollouts" / "step_000002.dp1.jsonl").rmdir()
     # And it does go on from there; nobody reads what it prints, which is no reason to stop.
     with Path("/dev/full").open("w") as full:
-        process = start(room, *train("rollouts", REPLICAS), stdout=full)
+        process = start(room, *train("rollouts"), stdout=full)
         code, _, err = finish(process)
     assert code == 0, err
     assert "going on after step 3" in err
@@ -58,7 +73,7 @@ def test_rollouts_that_cannot_be_written_save_and_stop_the_run(room: Path) -> No
     assert [line["step"] for line in metrics_of(run_dir) if "actor/lr" in line] == list(range(1, 9))
 
 
-def test_a_disk_that_is_full_for_metrics_and_checkpoints(room: Path) -> None:
+def full_disk(room: Path) -> None:
     """Neither can be written: the run says both, and the last checkpoint stands."""
     run_dir = room / "full"
     process = start(room, *train("full", "train.num_steps=100000", "checkpoint.interval=2"))
@@ -67,7 +82,7 @@ def test_a_disk_that_is_full_for_metrics_and_checkpoints(room: Path) -> None:
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size + 100, size + 100))
     code, _, err = finish(process)
     assert code == 1, err
-    assert re.search(r"metrics\.jsonl: cannot be written: File too large", err), err
+    assert re.search(r"full/(metrics|rollouts)\S+: cannot be written: File too large", err), err
     assert re.search(r"could not be saved; the checkpoint of step (\d+) stands", err), err
     assert "Traceback" not in err
     # Without the limit it goes on.
@@ -77,23 +92,23 @@ def test_a_disk_that_is_full_for_metrics_and_checkpoints(room: Path) -> None:
     assert f"going on after step {newest}" in err
 
 
-def test_a_spoilt_line_is_named_at_the_next_start_and_not_before(room: Path) -> None:
+def spoilt_line(room: Path) -> None:
     """Data is read whole before the first step: a line that is spoilt later disturbs no run."""
     data = room / "task" / "train.jsonl"
     copy = room / "spoilt.jsonl"
     copy.write_bytes(data.read_bytes())
-    command = train("spoilt", "data.train_path=spoilt.jsonl", PIPELINE)
+    command = train("spoilt", "data.train_path=spoilt.jsonl")
     process = start(room, *command, "train.num_steps=4")
     wait_until(process, lambda: bool(metrics_of(room / "spoilt")))
     lines = copy.read_text().splitlines(keepends=True)
     copy.write_text("".join([*lines[:6], '{"prompt": "torn\n', *lines[7:]]))
     code, _, err = finish(process)
     assert code == 0, err
-    code, _, err = finish(start(room, *command, "train.num_steps=6"))
+    code, _, err = finish(start(room, *command, PIPELINE, "train.num_steps=6"))
     assert code == 2, err
     errors = [line for line in err.splitlines() if "spoilt.jsonl:7: not JSON" in line]
-    assert len(errors) == 1
-    assert errors[0].startswith("error: ")
+    assert len(errors) == 1, err
+    assert re.match(r"(\[rank \d on \S+\] )?error: spoilt", errors[0]), err
     assert "Traceback" not in err
 
 
@@ -111,7 +126,10 @@ def kill_rewards(process: subprocess.Popen[str]) -> None:
             child.kill()
 
 
-def test_a_dead_reward_pool_saves_and_stops_the_run(room: Path, tmp_path: Path) -> None:
+def dead_rewards(room: Path) -> None:
+    """The step in which it happens is undone: nobody learns from rewards that were not given."""
+    tmp_path = room / "site"
+    tmp_path.mkdir()
     flag = tmp_path / "flag"
     (tmp_path / "sitecustomize.py").write_text(SITE.format(flag=str(flag)))
     run_dir = room / "rewards"

@@ -184,7 +184,12 @@ def test_the_room_that_is_asked_for_is_what_a_checkpoint_takes(room: Path) -> No
     """Compared with one that is written: small models have a share of other files."""
     saved = room / "sized"
     sizes = CONFIG["model"]["architecture"] | {"hidden_size": 256, "ffn_hidden_size": 512}
-    options = ("sft.num_steps=1", "logging.tensorboard=false", "launch.preflight=never")
+    options = (
+        "sft.num_steps=1",
+        "data.train_path=task/sft.jsonl",
+        "logging.tensorboard=false",
+        "launch.preflight=never",
+    )
     override = f"model.architecture={json.dumps(sizes)}"
     code, _, err = finish(start(room, "sft", "config.yaml", "run_dir=sized", override, *options))
     assert code == 0, err
