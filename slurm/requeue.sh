@@ -5,12 +5,16 @@
 end_training() {
   local why=''
   REQUEUE=0
-  if [[ -f $RUN_DIR/requeue ]]; then
+  JOB_CODE=75
+  ((CODE == 0)) || judge "$1"
+  if [[ -f $RUN_DIR/requeue && $JOB_CODE == 4 ]]; then
+    # With checkpoint.requeue_on_lost_peer.
+    why="lost a process, saved at $(<"$RUN_DIR/requeue")"
+  elif [[ -f $RUN_DIR/requeue ]]; then
     # Whatever srun makes of the ranks' code: everything is saved.
     JOB_CODE=75
     why="asked to stop, saved at $(<"$RUN_DIR/requeue")"
   else
-    judge "$1"
     case $JOB_CODE in
       75 | 138)
         JOB_CODE=75

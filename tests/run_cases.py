@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import nested_reft_mcore
 
@@ -74,13 +74,19 @@ def write_room(directory: Path) -> None:
     (directory / "config.yaml").write_text(json.dumps(CONFIG), encoding="utf-8")
 
 
-def start(room: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start `nested-reft arguments` in `room`, with more in its environment."""
+def start(
+    room: Path,
+    *arguments: str,
+    stdout: IO[str] | int = subprocess.PIPE,
+    more_path: str = "",
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """Start `nested-reft arguments` in `room`, with more in its environment and Python path."""
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", ""), more_path])
     return subprocess.Popen(
         [sys.executable, "-m", "nested_reft_mcore", *arguments],
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         cwd=room,

@@ -13,6 +13,7 @@ import typer
 
 from nested_reft_mcore.cli.atlas import atlas
 from nested_reft_mcore.cli.bench import bench_app
+from nested_reft_mcore.cli.checking import doctor, preflight
 from nested_reft_mcore.cli.options import (
     Checkpoint,
     ConfigFile,
@@ -60,6 +61,8 @@ convert_app = typer.Typer(
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(atlas)
+app.command()(doctor)
+app.command()(preflight)
 app.command()(plan)
 app.command()(probe)
 
@@ -94,6 +97,7 @@ def describe(
     \b
     A run from start to end:
       nested-reft doctor                        is everything there?
+      nested-reft preflight config.yaml         is every node fit?
       nested-reft plan config.yaml --nodes 2    does it fit?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
@@ -102,7 +106,8 @@ def describe(
 
     \b
     Exit codes: 0 well; 1 a check failed or an internal error; 2 a mistake in what was given;
-    4 another process was lost; 75 stopped on request with everything saved: start again to go on.
+    3 a node is bad; 4 another process was lost; 75 stopped on request with everything saved: start
+    again to go on.
     """
 
 
@@ -128,7 +133,6 @@ def train(
       nested-reft train config.yaml
       nested-reft train config.yaml nested.num_skipped=4 optimizer.lr=1e-6
       nested-reft train config.yaml --hf models/base run_dir=runs/second
-      nested-reft train config.yaml parallel.pipeline_model_parallel_size=2
       nested-reft train config.yaml --dry-run --nodes 2 --gpus-per-node 8
       srun --ntasks=16 nested-reft train config.yaml
     """
@@ -379,23 +383,3 @@ def inspect(
     from nested_reft_mcore.cli.files import run_inspect
 
     leave(lambda: run_inspect(directory, checksums, every_tensor, json_output))
-
-
-@app.command()
-def doctor(
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of tables.")
-    ] = False,
-) -> None:
-    """Say what is installed, what is missing and what is used instead.
-
-    Leaves with 1 if something that is needed is missing.
-
-    \b
-    Examples:
-      nested-reft doctor
-      nested-reft doctor --json > machine.json
-    """
-    from nested_reft_mcore.launch.doctor import run_doctor
-
-    raise typer.Exit(run_doctor(as_json=json_output))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from nested_reft_mcore.cli.entry import Job, run_job
+from nested_reft_mcore.cli.preflight import needs_of
 from nested_reft_mcore.config.checkpoint_layout import LATEST_FILE
 from nested_reft_mcore.config.checks import (
     check_architecture,
@@ -104,6 +105,9 @@ def _run(
             log_dir=_log_dir(config),
             log_level=config.logging.level,
             stoppable=check_batches is not None,
+            launch=config.launch,
+            needs=needs_of(config, architecture) if check_batches is not None else None,
+            preflight=config.launch.preflight,
         )
 
     return run_job(make)

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.base import Section
+from nested_reft_mcore.config.launch import LaunchConfig
 
 
 class ModelConfig(Section):
@@ -335,6 +336,8 @@ class CheckpointConfig(Section):
     """`auto` goes on from the run directory's newest whole checkpoint; `never`; a path."""
     stop_deadline_seconds: float = Field(default=0.0, ge=0)
     """So long after a stop signal the process leaves, saved or not; 0 waits for the save."""
+    requeue_on_lost_peer: bool = False
+    """When a process is lost, write `requeue` too: the job is to go on from the last checkpoint."""
     export_hf: bool = False
     """Write a Hugging Face directory at the end of the run."""
 
@@ -370,6 +373,7 @@ class Config(Section):
     """Key of every random choice: weights, data order, plans, sampling."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+    launch: LaunchConfig = LaunchConfig()
     data: DataConfig = DataConfig()
     nested: NestedConfig = NestedConfig()
     controller: ControllerConfig = ControllerConfig()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+from nested_reft_mcore.launch.lifeline import Lifeline
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,8 @@ class ParallelContext:
     """Model chunks of this process: virtual pipeline size, or 1."""
     local_world_size: int = 1
     """Processes on this machine."""
+    lifeline: Lifeline = field(default_factory=Lifeline)
+    """What this process tells the others of itself, where they watch over each other."""
 
     @property
     def is_first_stage(self) -> bool:

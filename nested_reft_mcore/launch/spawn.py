@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from torch.distributed.elastic.multiprocessing import (
 
 from nested_reft_mcore.launch.exit_codes import ExitCode
 from nested_reft_mcore.launch.ranks import LOCAL_MARKER
+from nested_reft_mcore.launch.verdict import VERDICT_KEY, Verdict
 from nested_reft_mcore.launch.watch import Outcome, WorkerWatch
 
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -64,8 +66,8 @@ def run_local(
         grace_seconds: patience with the others after one has failed.
 
     Returns:
-        0 if all left with 0; 75 if all left with 75; else the code of the first that failed, where
-        a worker killed by signal s counts as 128 + s.
+        0 if all left with 0; 75 if all left with 75; else the code of the first that failed. A
+        worker killed by signal s counts as 128 + s, or 4 where the others left because of it.
     """
     command = command or (sys.executable, "-m", "nested_reft_mcore")
     directory = log_dir or Path(tempfile.mkdtemp(prefix="nested_reft_"))
@@ -88,10 +90,11 @@ def run_local(
         finally:
             watch.kill_groups()
             context.close(signal.SIGKILL)
-    outcome = watch.outcome()
+    verdict = _verdict(store)
+    outcome = watch.outcome(verdict)
     well = outcome.code in (ExitCode.OK, ExitCode.COME_BACK)
     if not well:
-        _tell(outcome, directory)
+        _tell(outcome, watch, verdict, directory)
     if log_dir is None and (well or outcome.code == ExitCode.USER_ERROR):
         shutil.rmtree(directory, ignore_errors=True)
     return outcome.code
@@ -191,21 +194,36 @@ class _SignalQueue:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _tell(outcome: Outcome, directory: Path) -> None:
+def _verdict(store: TCPStore) -> Verdict | None:
+    """What the workers have found to be the cause of their end, if they have."""
+    if not store.check([VERDICT_KEY]):
+        return None
+    return Verdict.from_json(store.get(VERDICT_KEY))
+
+
+def _tell(outcome: Outcome, watch: WorkerWatch, verdict: Verdict | None, directory: Path) -> None:
     """Print which rank failed first, and with what; rank 0 has its say on this console already."""
     sys.stdout.flush()
-    if outcome.rank == 0 and outcome.code == ExitCode.USER_ERROR:
+    rank = outcome.rank
+    if outcome.code in (ExitCode.USER_ERROR, ExitCode.PREFLIGHT) and (verdict or not rank):
         return
-    if outcome.rank:
-        path = _log_file(directory, outcome.rank, "stderr")
+    witnesses = [other for other, code in watch.codes.items() if code == ExitCode.PEER_LOST]
+    if rank or (rank not in witnesses and witnesses):
+        # Where rank 0 itself is lost, the others know what they were waiting for.
+        witness = rank or witnesses[0]
+        path = _log_file(directory, witness, "stderr")
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         if outcome.code == ExitCode.USER_ERROR:
             print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)
             return
         if lines:
-            print(f"--- rank {outcome.rank}, last lines of stderr ---", file=sys.stderr)
+            print(f"--- rank {witness}, last lines of stderr ---", file=sys.stderr)
             print("\n".join(lines[-_TAIL_LINES:]), file=sys.stderr)
-    reason = f"exit code {outcome.code}"
-    if outcome.code > 128:
-        reason = f"killed by {signal.Signals(outcome.code - 128).name}"
-    print(f"rank {outcome.rank} failed first ({reason}); logs: {directory}", file=sys.stderr)
+    code = watch.codes[rank]
+    reason = f"exit code {code}"
+    if rank in watch.stopped_by_us:
+        reason = "it hung, and was killed"
+    elif code > 128:
+        reason = f"killed by {signal.Signals(code - 128).name}"
+    where = f"rank {rank} on {socket.gethostname()}"
+    print(f"{where} failed first ({reason}); logs: {directory}", file=sys.stderr)

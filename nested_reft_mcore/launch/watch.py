@@ -7,8 +7,10 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nested_reft_mcore.launch.exit_codes import ExitCode
+from nested_reft_mcore.launch.verdict import Verdict
 
 _REPEAT_STOP_SECONDS = 2.0
 
@@ -30,6 +32,8 @@ class WorkerWatch:
     codes: dict[int, int] = field(default_factory=dict)
     """Exit code by rank, in the order in which they left."""
     stopped_by_us: set[int] = field(default_factory=set)
+    hung: list[int] = field(default_factory=list)
+    """Those of them that somebody had stopped."""
     _deadline: float | None = None
     _terminated: bool = False
     _interrupts: int = 0
@@ -72,20 +76,30 @@ class WorkerWatch:
             # A worker that was still importing has missed it; for the others it changes nothing.
             self._send(signal.SIGUSR1)
             self._repeat_at = now + _REPEAT_STOP_SECONDS
+        if ExitCode.PEER_LOST in self.codes.values():
+            self._kill_stopped()
         if self._deadline is not None and now >= self._deadline and self.running:
             self._stop(signal.SIGKILL if self._terminated else signal.SIGTERM)
             self._terminated = True
             self._deadline = now + self.grace_seconds
 
-    def outcome(self) -> Outcome:
-        """The answer for all, once all have left."""
+    def outcome(self, verdict: Verdict | None = None) -> Outcome:
+        """The answer for all, once all have left; `verdict` is what the workers have found."""
+        if verdict is not None and not verdict.is_shared:
+            own_code = 0 if verdict.rank in self.stopped_by_us else self.codes[verdict.rank]
+            said_why = own_code not in (0, ExitCode.PEER_LOST) and own_code < 128
+            return Outcome(own_code if said_why else verdict.code, verdict.rank)
         own = {rank: code for rank, code in self.codes.items() if rank not in self.stopped_by_us}
         failed = {rank: code for rank, code in own.items() if code not in (0, ExitCode.COME_BACK)}
         if failed:
             # Who lost a peer is a consequence, however early it left.
             causes = [rank for rank, code in failed.items() if code != ExitCode.PEER_LOST]
+            if not causes and self.hung:
+                return Outcome(int(ExitCode.PEER_LOST), self.hung[0])
             rank = (causes or list(failed))[0]
             code = failed[rank]
+            if len(causes) < len(failed) and all(failed[cause] > 128 for cause in causes):
+                code = int(ExitCode.PEER_LOST)
             # What all ranks refuse alike, rank 0 has told already.
             return Outcome(code, 0 if failed.get(0) == code == ExitCode.USER_ERROR else rank)
         if not own:
@@ -104,6 +118,15 @@ class WorkerWatch:
         """
         for pid in self.pids.values():
             _signal_group(pid, signal.SIGKILL)
+
+    def _kill_stopped(self) -> None:
+        """A worker that the others have given up because it is stopped hears no other signal."""
+        for rank in self.running:
+            if _is_stopped(self.pids[rank]):
+                self.stopped_by_us.add(rank)
+                if rank not in self.hung:
+                    self.hung.append(rank)
+                _signal_group(self.pids[rank], signal.SIGKILL)
 
     def _start_clock(self) -> None:
         if self._deadline is None:
@@ -126,6 +149,15 @@ def _exit_code(pid: int) -> int | None:
     if info is None:
         return None
     return info.si_status if info.si_code == os.CLD_EXITED else 128 + info.si_status
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, as by SIGSTOP; where /proc does not tell, it is not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
 
 
 def _signal_group(pid: int, number: int) -> None:

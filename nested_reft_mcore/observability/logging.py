@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, TextIO
 
 Level = Literal["debug", "info", "warning"]
@@ -68,6 +71,59 @@ class _Formatter(logging.Formatter):
         if record.name == "py.warnings":
             message = message.split("\n")[0]
         return f"{self.formatTime(record, self.datefmt)} {self._prefix}{level}{message}"
+
+
+class _RankFile(logging.FileHandler):
+    """One process's log file: whole dates, rank and host in each line."""
+
+    def __init__(self, path: Path, rank: int, host: str) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._prefix = f"rank {rank} {host}"
+        self._has_failed = False
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Every line of the message with all of it."""
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        head = f"{moment} {self._prefix} {record.levelname}"
+        return "\n".join(f"{head} {line}" for line in record.getMessage().strip().splitlines())
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A disk that is full is no reason to stop; said once."""
+        error = sys.exc_info()[1]
+        if not self._has_failed and isinstance(error, OSError):
+            text = f"{self.baseFilename}: cannot be written: {error.strerror}; going on without\n"
+            sys.stderr.write(text)
+        self._has_failed = True
+
+
+def open_rank_log(directory: Path, rank: int, host: str) -> Callable[[str], None]:
+    """Also write this process's messages to `rank_00003.log` in `directory`, after older ones.
+
+    Where that is impossible it is said, and done without.
+
+    Returns:
+        Puts lines into that file alone.
+    """
+    path = directory / f"rank_{rank:05d}.log"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handler = _RankFile(path, rank, host)
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s: cannot be written: %s", path, error.strerror)
+        return lambda text: None
+    root, package = logging.getLogger(), logging.getLogger(_PACKAGE)
+    for old in [one for one in root.handlers if isinstance(one, _RankFile)]:
+        root.removeHandler(old)
+        old.close()
+    root.addHandler(handler)
+    if rank:
+        # The console goes on to show no more than warnings.
+        package.setLevel(min(package.level, logging.INFO))
+
+    def note(text: str) -> None:
+        handler.handle(logging.LogRecord(_PACKAGE, logging.INFO, "", 0, text, None, None))
+
+    return note
 
 
 def configure_logging(level: Level = "info", rank: int = 0, world_size: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from typing import Literal, SupportsFloat, TextIO
 
 import rich.progress
 from rich.console import Console
+
+_log = logging.getLogger(__name__)
 
 ProgressMode = Literal["auto", "bar", "plain", "off"]
 
@@ -66,6 +69,15 @@ class Progress:
         """
         if self._mode == "off":
             return
+        try:
+            self._show(num_done, metrics, skipped)
+        except OSError as error:
+            _log.warning("progress cannot be shown: %s; going on without", error.strerror)
+            self._mode, self._bar = "off", None
+
+    def _show(
+        self, num_done: int, metrics: Mapping[str, SupportsFloat], skipped: str | None
+    ) -> None:
         text = _describe(metrics, skipped)
         if self._bar is not None:
             self._bar.update(

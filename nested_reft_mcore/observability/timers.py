@@ -20,15 +20,19 @@ class Timers:
         self,
         synchronize: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        on_phase: Callable[[str], None] | None = None,
     ) -> None:
         """`synchronize` waits for the device (`torch.cuda.synchronize`) at both ends of a phase.
 
         Without it, work that a device has not finished is charged to whoever waits for it next.
+        `on_phase` is told the innermost phase whenever that changes; empty outside of all. A phase
+        that an error ends stays the last one that it has heard of.
         """
         self._synchronize = synchronize
         self._clock = clock
         self._seconds: dict[str, float] = {}
-        self._open: set[str] = set()
+        self._on_phase = on_phase
+        self._open: list[str] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -38,7 +42,8 @@ class Timers:
         """
         if name in self._open:
             raise ValueError(f"timer {name!r} is already running")
-        self._open.add(name)
+        self._open.append(name)
+        self._tell()
         self._wait()
         started = self._clock()
         try:
@@ -49,6 +54,7 @@ class Timers:
             raise
         self._wait()
         self._stop(name, started)
+        self._tell()
 
     def collect(self) -> dict[str, float]:
         """Seconds of every phase that has ended since the last call, as `timing_s/<name>`.
@@ -59,10 +65,14 @@ class Timers:
         self._seconds.clear()
         return collected
 
+    def _tell(self) -> None:
+        if self._on_phase is not None:
+            self._on_phase(self._open[-1] if self._open else "")
+
     def _wait(self) -> None:
         if self._synchronize is not None:
             self._synchronize()
 
     def _stop(self, name: str, started: float) -> None:
-        self._open.discard(name)
+        self._open.remove(name)
         self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - started

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
@@ -75,7 +76,8 @@ class Tracker:
         """Record `metrics` (numbers, 0-dimensional arrays or tensors) of `step`.
 
         NaN and infinities become null. Raises TypeError where a value is not a number, ValueError
-        where a name is `step` or `time`.
+        where a name is `step` or `time`, OSError where `metrics.jsonl` cannot be written.
+        TensorBoard files that cannot be written are given up with a warning.
         """
         if not self._is_main:
             return
@@ -86,9 +88,13 @@ class Tracker:
         self._file.flush()
         finite = {name: value for name, value in numbers.items() if value is not None}
         if self._tensorboard is not None:
-            for name, value in finite.items():
-                self._tensorboard.add_scalar(name, value, step, walltime=now)
-            self._tensorboard.flush()
+            try:
+                for name, value in finite.items():
+                    self._tensorboard.add_scalar(name, value, step, walltime=now)
+                self._tensorboard.flush()
+            except OSError as error:
+                _log.warning("TensorBoard: cannot be written: %s; going on without", error)
+                self._tensorboard = None
         if self._wandb is not None:
             # The step is a metric of its own: W&B drops what arrives with a smaller step number.
             self._wandb.log({**finite, "step": step})
@@ -97,9 +103,12 @@ class Tracker:
         """Flush and close everything; later calls do nothing."""
         if not self._is_main or self._file.closed:
             return
-        self._file.close()
+        with suppress(OSError):
+            # What did not fit when it was written does not fit now.
+            self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(OSError):
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 

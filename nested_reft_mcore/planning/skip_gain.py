@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, SkipLaw, predicted_speedup
 from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule, head_on_last_stage
@@ -12,7 +13,7 @@ from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.planning.layout import Layout
 from nested_reft_mcore.planning.step_time import StepModel
 
-_NUM_PLANS = 64
+_NUM_PLANS = 32
 LAWS: tuple[SkipLaw, ...] = ("stage_balanced", "uniform")
 
 
@@ -51,7 +52,12 @@ def skip_plans(config: Config, layout: Layout, law: SkipLaw | None = None) -> li
         stage_extra_cost=head_on_last_stage(nested.head_cost, layout.pipeline),
         protected_layers=nested.protected_layers,
     )
-    return [schedule.plan(step) for step in range(_NUM_PLANS)]
+    return list(_drawn(schedule))
+
+
+@lru_cache(maxsize=16)
+def _drawn(schedule: LayerSkipSchedule) -> tuple[LayerSkipPlan, ...]:
+    return tuple(schedule.plan(step) for step in range(_NUM_PLANS))
 
 
 def skip_gains(config: Config, layout: Layout, model: StepModel) -> list[SkipGain]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,15 +49,17 @@ class Evaluator:
         *,
         interrupted: Callable[[], bool] | None = None,
         check: Callable[[], None] = lambda: None,
+        writing: Callable[[Path], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """Read the prompts. UserError for anything wrong in the file.
 
         `interrupted` is asked while a replica generates, by all of its processes together; `check`
         is called by every process after each generation and before anything is written, and raises
-        where the evaluation is to be abandoned.
+        where the evaluation is to be abandoned. `writing` is entered around writing a file.
         """
         self._interrupted = interrupted
         self._check = check
+        self._writing = writing
         assert config.data.eval_path is not None, "evaluation needs data.eval_path"
         self._tokenizer = tokenizer
         self._policy = policy
@@ -101,9 +103,10 @@ class Evaluator:
         self._check()
         everybody = gather_from_replicas(lines, context)
         if completions_path is not None and is_replica_writer(context) and context.data.rank == 0:
-            completions_path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(line for part in everybody for line in part)
-            completions_path.write_text(text, encoding="utf-8")
+            with self._writing(completions_path):
+                completions_path.parent.mkdir(parents=True, exist_ok=True)
+                completions_path.write_text(text, encoding="utf-8")
         return metrics
 
     def _metrics(self, mode: _Mode, rollouts: RolloutBatch, rewards: Tensor) -> dict[str, float]:

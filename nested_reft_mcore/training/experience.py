@@ -81,7 +81,8 @@ class GeneratedExperience:
     ) -> None:
         """`interrupted` is asked while a replica generates, by all of its processes together.
 
-        `check` is called by every process after each generation; it raises where the run stops.
+        `check` is called by every process after each generation, and after its judgement; it raises
+        where the run stops.
         """
         self._interrupted = interrupted
         self._check = check
@@ -144,6 +145,8 @@ class GeneratedExperience:
         assert rollouts is not None, "generation is interrupted by requests to stop only"
         with timers("reward"):
             rewards = self._judge(rollouts)
+        # Nobody learns from rewards that a dead pool has not given.
+        self._check()
         return rollouts, rewards
 
     def state_dict(self) -> dict[str, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import RewardConfig
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.rewards.base import RewardItem
@@ -23,8 +25,21 @@ from nested_reft_mcore.training.replicas import (
 class Judge:
     """The verifiable reward behind its worker processes. A context manager."""
 
-    def __init__(self, config: RewardConfig, context: ParallelContext) -> None:
+    def __init__(
+        self,
+        config: RewardConfig,
+        context: ParallelContext,
+        *,
+        on_dead: Callable[[str], None] | None = None,
+    ) -> None:
+        """`on_dead` hears of it when workers that have worked cannot be started any more.
+
+        The rewards of that call are zeros, which the caller has to throw away. Without `on_dead`,
+        or before the first judgement, it is an error.
+        """
         self._context = context
+        self._on_dead = on_dead
+        self._has_judged = False
         self._pool: RewardPool | None = None
         if is_replica_writer(context):
             self._pool = RewardPool(config.name, config.num_workers, config.deadline_seconds)
@@ -49,8 +64,19 @@ class Judge:
                 RewardItem(rollout.prompt.text, rollout.text, rollout.prompt.answer or "")
                 for rollout in rollouts.rollouts
             ]
-            values = [result.value for result in self._pool.score(items)]
+            values = self._score(self._pool, items)
         return torch.tensor(broadcast_in_replica(values, self._context), dtype=torch.float32)
+
+    def _score(self, pool: RewardPool, items: Sequence[RewardItem]) -> list[float]:
+        try:
+            values = [result.value for result in pool.score(items)]
+        except (UserError, OSError) as error:
+            if self._on_dead is None or not self._has_judged:
+                raise
+            self._on_dead(f"rewards cannot be judged any more: {error}")
+            return [0.0] * len(items)
+        self._has_judged = True
+        return values
 
     def metrics(self) -> dict[str, float]:
         """Items of the whole run that could not be judged, over all replicas."""

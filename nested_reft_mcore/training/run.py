@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from nested_reft_mcore.launch.incarnation import (
     this_incarnation,
 )
 from nested_reft_mcore.launch.signals import StopSignals
-from nested_reft_mcore.mcore.agreement import on_main
+from nested_reft_mcore.mcore.agreement import gather_all, on_main
 from nested_reft_mcore.mcore.checkpoint import load_checkpoint
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
 from nested_reft_mcore.observability.environment import ENVIRONMENT_FILE, write_environment
@@ -47,50 +48,13 @@ from nested_reft_mcore.training.policy_setup import (
 from nested_reft_mcore.training.reference import ReferencePolicy
 from nested_reft_mcore.training.replicas import any_in_replica, any_process
 from nested_reft_mcore.training.saving import RunCheckpoints
+from nested_reft_mcore.training.state import RunState, StopRequest, TroubleFound
 
 _log = logging.getLogger(__name__)
 
 
 _RUN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE)
 """What of a run directory also goes into each checkpoint, beside the metrics."""
-
-
-class StopRequest(Exception):
-    """All processes have agreed to stop; what the present step has done is to be forgotten."""
-
-
-@dataclass
-class RunState:
-    """What a run counts; comes back with a checkpoint.
-
-    Every field is saved as JSON and restored by name, if the checkpoint is not older than it:
-    whatever else has to survive a restart becomes a field here.
-    """
-
-    step: int = 0
-    """Steps that are done."""
-    skipped_updates: int = 0
-    """Updates that were not taken because a loss or gradient was not finite."""
-    skipped_in_a_row: int = 0
-    """The latest of them, since the last update that was taken."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """Position in the data."""
-    controller: dict[str, Any] = field(default_factory=dict)
-    """What the skip controller has learnt; empty where there is none."""
-    owed: dict[str, float] | None = None
-    """The step's metrics, while it is not evaluated and recorded yet although its updates are done.
-    Before the first step: empty, while the evaluation before training is to come."""
-
-    def count(self, applied: bool, limit: int) -> None:
-        """Note an update. RuntimeError after `limit` in a row that were not taken."""
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-        self.skipped_updates += not applied
-        if self.skipped_in_a_row >= limit:
-            raise RuntimeError(
-                f"step {self.step}: {limit} updates in a row had a loss or gradient that was not "
-                "finite (train.max_skipped_updates); look for a learning rate that is too high, "
-                "or for broken weights"
-            )
 
 
 class Run:
@@ -119,10 +83,15 @@ class Run:
         self.context = context
         self.directory = Path(config.run_dir)
         self.state = RunState()
-        self.timers = Timers(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        self.lifeline = context.lifeline
+        self.timers = Timers(
+            torch.cuda.synchronize if torch.cuda.is_available() else None,
+            on_phase=partial(setattr, context.lifeline, "phase"),
+        )
         self._stop = stop
         self._command = command
         self._num_steps = num_steps
+        self._trouble: str | None = None
         self._check_origin()
         self.policy = load_policy(config.model, config.parallel, context, config.seed)
         self.tokenizer = load_policy_tokenizer(
@@ -139,6 +108,8 @@ class Run:
             check_owner=self._check_owner,
         )
         stop.arm_deadline(config.checkpoint.stop_deadline_seconds, self._leave_unsaved)
+        if config.checkpoint.requeue_on_lost_peer:
+            self.lifeline.on_lost_peer = self._ask_for_another_start
         checkpoint = self.checkpoints.find()
         self.is_fresh = checkpoint is None
         if checkpoint is not None:
@@ -168,23 +139,28 @@ class Run:
     ) -> None:
         self.progress.__exit__(kind, error, traceback)
         left = self.timers.collect() | self.checkpoints.metrics()
-        if left and kind is None:
-            self.tracker.log(self.state.step, left)
-        self.tracker.close()
+        with self.writing(self.directory / METRICS_FILE):
+            if left and kind is None and self._trouble is None:
+                self.tracker.log(self.state.step, left)
+            self.tracker.close()
 
     def to_the_end(self, loop: Callable[[], int]) -> int:
         """Run `loop` and everything that is still to be saved; returns the exit code.
 
         A request to stop is answered by `COME_BACK`, with everything saved and `requeue` written; a
-        run directory that has a new owner by `FAILURE`, with nothing written.
+        run directory that has a new owner by `FAILURE`, with nothing written; a file that cannot be
+        written, or rewards that cannot be judged, by `FAILURE`, with everything saved that can be.
         """
         try:
             with self:
                 try:
                     code = loop()
                     self._finish_saving()
+                    self._agree_on_trouble()
                 except StopRequest:
                     code = self._come_back_later()
+                except TroubleFound:
+                    code = self._stop_in_trouble()
         except SupersededError as error:
             if self.context.is_main:
                 _log.error("%s", error)
@@ -197,26 +173,48 @@ class Run:
         Also publishes a checkpoint whose files have been written meanwhile.
 
         Raises:
+            TroubleFound: a process cannot go on, and it `may_stop` here.
             StopRequest: a process was asked to stop, and it `may_stop` here.
             SupersededError: the run directory has a new owner.
             RuntimeError: a checkpoint could not be written.
         """
+        # A step that is done but not recorded yet is the last one, not the next.
+        self.lifeline.step = self.state.step + (self.state.owed is None)
         superseded: SupersededError | None = None
         if self.context.is_main:
             try:
                 self._check_owner()
             except SupersededError as error:
                 superseded = error
-        stop, lost, writing = any_process(
-            (self._stop.requested, superseded is not None, self.checkpoints.is_writing),
+        stop, lost, writing, trouble = any_process(
+            (
+                self._stop.requested,
+                superseded is not None,
+                self.checkpoints.is_writing,
+                self._trouble is not None,
+            ),
             self.context,
         )
         if lost:
             raise superseded or SupersededError(f"{self.directory} has a new owner")
         if self.checkpoints.has_unpublished and not writing:
             self._finish_saving()
+        if trouble and may_stop:
+            raise TroubleFound
         if stop and may_stop:
             raise StopRequest
+
+    def note_trouble(self, text: str) -> None:
+        """This process cannot go on: all of them save and stop where they next agree on it."""
+        self._trouble = self._trouble or text
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Around what writes a file beside checkpoints: what cannot be written is trouble."""
+        try:
+            yield
+        except OSError as error:
+            self.note_trouble(f"{error.filename or path}: cannot be written: {error.strerror}")
 
     def is_interrupted(self) -> bool:
         """Whether a process of this replica was asked to stop; the same answer on all of them."""
@@ -229,7 +227,8 @@ class Run:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Record metrics of the present step, with the times of its phases."""
-        self.tracker.log(self.state.step, metrics | self._times())
+        with self.writing(self.directory / METRICS_FILE):
+            self.tracker.log(self.state.step, metrics | self._times())
 
     def finish_step(self, metrics: dict[str, float], skipped: str, every: int = 1) -> None:
         """Record and show a step that is done, if it is one of `every` so many.
@@ -246,7 +245,8 @@ class Run:
         tokens = metrics["perf/total_num_tokens"]
         metrics["perf/throughput"] = tokens / seconds / self.context.world_size
         metrics["training/skipped_updates"] = float(self.state.skipped_updates)
-        self.tracker.log(self.state.step, metrics)
+        with self.writing(self.directory / METRICS_FILE):
+            self.tracker.log(self.state.step, metrics)
         self.progress.update(self.state.step, metrics, skipped=skipped)
 
     def save(self) -> None:
@@ -282,17 +282,49 @@ class Run:
 
     def _come_back_later(self) -> int:
         """Save what is not saved, tell the launcher to start the job again; its exit code."""
+        self._save_all()
+        self.check(may_stop=False)
+        if self.context.is_main:
+            with self.writing(self._requeue_file):
+                self._write_requeue()
+            if self._trouble is not None:
+                _log.error("%s; start the same command again by hand", self._trouble)
+            _log.info("asked to stop: saved after step %d, to be resumed", self.state.step)
+        return ExitCode.COME_BACK
+
+    def _save_all(self) -> None:
         self._finish_saving()
         if self.state.owed is not None:
             self.state.owed = self.state.owed | self._times()
         if self.checkpoints.newest != self.state.step:
             self.save()
             self._finish_saving()
-        self.check(may_stop=False)
+
+    def _agree_on_trouble(self) -> None:
+        if any_process((self._trouble is not None,), self.context)[0]:
+            raise TroubleFound
+
+    def _stop_in_trouble(self) -> int:
+        """Save if that is possible, and say what is wrong, and where; the exit code."""
+        outcome = ""
+        try:
+            self._save_all()
+            outcome = f"saved after step {self.state.step}; the same command goes on from there"
+        except (RuntimeError, OSError) as error:
+            # Saving fails on all processes or on none.
+            self._say(f"{error}")
+            outcome = f"could not be saved; the checkpoint of step {self.checkpoints.newest or 0} "
+            outcome += "stands" if self.checkpoints.newest is not None else "does not exist yet"
+        mine = None if self._trouble is None else (socket.gethostname(), self._trouble)
+        self._say(f"stopped: {outcome}")
+        for rank, told in enumerate(gather_all(mine, self.context)):
+            if told is not None:
+                self._say(f"[rank {rank} on {told[0]}] {told[1]}")
+        return ExitCode.FAILURE
+
+    def _say(self, text: str) -> None:
         if self.context.is_main:
-            self._write_requeue()
-            _log.info("asked to stop: saved after step %d, to be resumed", self.state.step)
-        return ExitCode.COME_BACK
+            _log.error("%s", text)
 
     def _times(self) -> dict[str, float]:
         return self.timers.collect() | self.checkpoints.metrics()
@@ -302,7 +334,10 @@ class Run:
         return self.directory / "requeue"
 
     def _write_requeue(self) -> None:
-        self._requeue_file.write_text(f"step {self.checkpoints.newest or 0}\n", encoding="utf-8")
+        # Where rank 0 is lost, all the others write the same.
+        aside = self._requeue_file.with_name(f".requeue.{self.context.rank}")
+        aside.write_text(f"step {self.checkpoints.newest or 0}\n", encoding="utf-8")
+        aside.replace(self._requeue_file)
 
     def _check_origin(self) -> None:
         """Refuse weights from among the run's own checkpoints, which come and go."""
@@ -315,8 +350,12 @@ class Run:
 
     def _leave_unsaved(self) -> None:
         """The last thing before the deadline of a stop: the newest checkpoint stands."""
-        if not self.context.is_main:
-            return
+        if self.context.is_main:
+            self._ask_for_another_start()
+        self.lifeline.silence()
+
+    def _ask_for_another_start(self) -> None:
+        """Write `requeue` unless somebody else has the run; several processes may do so at once."""
         with suppress(SupersededError):
             self._check_owner()
             self._write_requeue()

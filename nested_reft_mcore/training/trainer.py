@@ -21,7 +21,7 @@ from nested_reft_mcore.launch.signals import StopSignals
 from nested_reft_mcore.mcore.hf_weights import export_hf_weights
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.batch import TrainingBatch
-from nested_reft_mcore.rollout.dump import dump_rollouts
+from nested_reft_mcore.rollout.dump import dump_rollouts, rollout_file
 from nested_reft_mcore.training.advantages import replica_advantages, shaped_rewards
 from nested_reft_mcore.training.evaluation import Evaluator
 from nested_reft_mcore.training.experience import (
@@ -61,7 +61,7 @@ def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
     )
     if config.checkpoint.export_hf:
         check_exportable(run.policy.architecture)
-    with Judge(config.reward, context) as judge:
+    with Judge(config.reward, context, on_dead=run.note_trouble) as judge:
         return run.to_the_end(partial(_train, run, judge))
 
 
@@ -85,6 +85,7 @@ def _train(run: Run, judge: Judge) -> int:
             judge,
             interrupted=is_evaluation_interrupted,
             check=run.check,
+            writing=run.writing,
         )
     if run.is_fresh and evaluator is not None and config.evaluation.before_training:
         run.state.owed = {}
@@ -139,7 +140,9 @@ def _loop(
         # The weights have changed: from here on the step is done, whoever asks to stop.
         run.check(may_stop=False)
         if config.logging.dump_rollouts and is_replica_writer(run.context):
-            dump_rollouts(run.directory, step, run.context.data.rank, rollouts, scores.tolist())
+            replica = run.context.data.rank
+            with run.writing(rollout_file(run.directory, step, replica)):
+                dump_rollouts(run.directory, step, replica, rollouts, scores.tolist())
         metrics |= steering.learn(metrics)
         state.controller = steering.state_dict()
         state.step, state.data = step + 1, experience.state_dict()

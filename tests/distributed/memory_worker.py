@@ -30,7 +30,7 @@ def measure_update(ranks: RankInfo, options: dict[str, Any]) -> dict[str, int]:
     """Bytes of the tensors there are after two updates, and how far the process grew."""
     # Freed tensors go back to the system: what is resident is what is in use.
     libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     config = config_from_dict(options)
     context = initialize_parallel(config.parallel, ranks, seed=0)
     # Code that is read from the disk when it first runs, and thread pools, are no part of a model.

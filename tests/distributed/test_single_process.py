@@ -38,7 +38,7 @@ from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
 from nested_reft_mcore.mcore.pipeline import forward_logits, forward_logprobs
 from nested_reft_mcore.mcore.transformer_config import block_spec
 from nested_reft_mcore.mcore.weights import initialize_weights
-from nested_reft_mcore.training.run import RunState
+from nested_reft_mcore.training.state import RunState
 
 PARALLEL = ParallelConfig()
 

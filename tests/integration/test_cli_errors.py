@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -133,19 +135,25 @@ def test_batches_that_replicas_cannot_share(room):
 
 
 def test_sizes_that_do_not_make_the_launched_processes(room):
-    launched = {
-        "RANK": "0",
-        "WORLD_SIZE": "3",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
-    }
+    """All find it, and leave it to rank 0 to say so."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     sizes = "parallel.pipeline_model_parallel_size=2"
-    text = refusal("train", "config.yaml", sizes, cwd=room, **launched)
+    place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def launch(rank: int) -> tuple[int, str]:
+        mine = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
+        done = run("train", "config.yaml", sizes, cwd=room, **place, **mine)
+        return done.returncode, done.stderr
+
+    with ThreadPoolExecutor() as pool:
+        (code, text), *others = pool.map(launch, range(3))
+    assert code == 2, text
+    assert text.startswith("error: ")
     assert "does not divide the 3 processes" in text
-    # Every other rank finds the same, and leaves it to rank 0 to say so.
-    done = run("train", "config.yaml", sizes, cwd=room, **(launched | {"RANK": "1"}))
-    assert (done.returncode, done.stderr) == (2, "")
+    assert text.count("error:") == 1
+    assert others == [(2, ""), (2, "")]
 
 
 def test_half_an_environment(room):

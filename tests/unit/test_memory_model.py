@@ -8,7 +8,6 @@ import pytest
 
 import nested_reft_mcore
 from nested_reft_mcore.config.load import load_config
-from nested_reft_mcore.planning import generation_memory, workload
 from nested_reft_mcore.planning.activations import chunks_in_flight
 from nested_reft_mcore.planning.layer_costs import LayerShape
 from nested_reft_mcore.planning.layout import Layout
@@ -144,15 +143,6 @@ def test_plain_operators_keep_more_than_fused_ones():
         rank_memory(plan.config, plan.layout, 0, plan.room, k) for k in ("fused", "cpu")
     )  # type: ignore[arg-type]
     assert plain.update.activations > fused.update.activations
-
-
-def test_numbers_that_other_rooms_have_too():
-    from nested_reft_mcore.mcore import logprobs
-    from nested_reft_mcore.rollout import memory
-
-    assert workload.MOST_SLOTS == memory.MOST_SLOTS
-    assert generation_memory._SHARE_OF_FREE == memory._SHARE_OF_FREE
-    assert workload._CHUNK_BYTES == logprobs._CHUNK_BYTES
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])

@@ -1,0 +1,140 @@
+"""A helper process that says that its parent is alive, while the parent itself is too busy to.
+
+The parent's threads need Python's interpreter lock, which C code may keep for long: an import from
+a slow disk, say. This process needs nothing of the parent's: it asks the kernel whether the parent
+is there, and not stopped. Run as `python -m nested_reft_mcore.launch.pulse PARENT SECONDS WHERE`
+with the job's token on standard input. WHERE is an address, a port and a rank: it sends signs of
+life to the hub there. In rank 0 it is `one-node` or `many-nodes`: it prints a port where it gives
+them to whoever shows the token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from nested_reft_mcore.launch.hub import listen
+from nested_reft_mcore.launch.parent import die_with_parent
+
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+BEAT = b'{"pulse": true}\n'
+
+
+def start_pulse(token: str, beat_seconds: float, *where: str) -> subprocess.Popen[bytes]:
+    """Start the helper of this process; `where` as above.
+
+    It ends with this process. To be called in the main thread, with whose end it ends.
+    """
+    import nested_reft_mcore
+
+    root = str(Path(nested_reft_mcore.__file__).parents[1])
+    # A file in the working directory must not stand in for a module of the same name.
+    environment = {**os.environ, "PYTHONPATH": root, "PYTHONSAFEPATH": "1"}
+    module = ("-S", "-m", "nested_reft_mcore.launch.pulse")
+    process = subprocess.Popen(
+        [sys.executable, *module, str(os.getpid()), repr(beat_seconds), *where],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    assert process.stdin is not None
+    process.stdin.write(token.encode() + b"\n")
+    process.stdin.flush()
+    return process
+
+
+def read_port(process: subprocess.Popen[bytes]) -> int:
+    """Where a helper without an address listens. Raises OSError if it did not start."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line.strip().isdigit():
+        raise OSError("the helper process that tells signs of life did not start")
+    return int(line)
+
+
+def main(arguments: list[str]) -> None:
+    """Beat until the parent ends."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    parent, seconds = int(arguments[0]), float(arguments[1])
+    die_with_parent(parent)
+    token = sys.stdin.readline().strip()
+    if len(arguments) == 3:
+        _serve(listen(arguments[2] == "one-node"), token, seconds, lambda: is_well(parent))
+        return
+    address, port, rank = arguments[2:]
+    with contextlib.suppress(OSError):
+        hub = socket.create_connection((address, int(port)), 30)
+        greeting = {"rank": int(rank), "token": token, "pulse": True}
+        hub.sendall(json.dumps(greeting).encode() + b"\n")
+        while True:
+            if is_well(parent):
+                hub.sendall(BEAT)
+            time.sleep(seconds)
+
+
+def is_well(parent: int) -> bool:
+    """Whether the parent is there and runs, as far as the kernel tells."""
+    if os.getppid() != parent:
+        raise SystemExit
+    try:
+        stat = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+    return stat.rpartition(")")[2].split()[0] not in ("T", "Z", "X")
+
+
+def _serve(listener: socket.socket, token: str, seconds: float, well: Callable[[], bool]) -> None:
+    """Give signs of life to whoever shows the token."""
+    print(listener.getsockname()[1], flush=True)
+    listeners: list[socket.socket] = []
+    strangers: list[socket.socket] = []
+    next_beat = 0.0
+    while True:
+        pause = max(0.0, next_beat - time.monotonic())
+        for ready in select.select([listener, *strangers], [], [], pause)[0]:
+            if ready is listener:
+                with contextlib.suppress(OSError):
+                    strangers.append(listener.accept()[0])
+                continue
+            strangers.remove(ready)
+            if _shows(ready, token):
+                listeners.append(ready)
+            else:
+                ready.close()
+        if time.monotonic() >= next_beat:
+            next_beat = time.monotonic() + seconds
+            if well():
+                listeners = [one for one in listeners if _send(one)]
+
+
+def _shows(connection: socket.socket, token: str) -> bool:
+    connection.setblocking(False)
+    try:
+        return json.loads(connection.recv(1000))["token"] == token
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _send(connection: socket.socket) -> bool:
+    try:
+        connection.send(BEAT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        connection.close()
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
