@@ -17,45 +17,60 @@ judge() {
   fi
   JOB_CODE=$code
   # A process that something killed, or a node that went down, is a lost one.
-  ((code > 128 && code != 138)) && JOB_CODE=4
+  ((code > 128 && code != 138 && code != 143)) && JOB_CODE=4
+  hear_ranks
   return 0
+}
+
+# hear_ranks: what the ranks say themselves. They watch over each other and leave together, so srun's
+# order says little. Sets SHARED, what all of them have found; or VERDICT, what was wrong with one,
+# RANK, HOST and, under torchrun, which turns all codes into 1, JOB_CODE.
+hear_ranks() {
+  local first=${TASK_LOG/\%3t/000} all=${TASK_LOG/\%3t/*} named='\[rank [0-9]+ on [^]]+\] .*' words
+  VERDICT='' SHARED='' RANK='' HOST=''
+  # Where rank 0 is the one that was lost, the others tell.
+  # shellcheck disable=SC2086
+  VERDICT=$(grep -hoE "$named" "$first" 2>/dev/null || grep -hoE "$named" $all 2>/dev/null)
+  VERDICT=${VERDICT##*$'\n'}
+  if [[ -n $VERDICT ]]; then
+    read -r -a words <<<"${VERDICT//]/ }"
+    RANK=${words[1]} HOST=${words[3]}
+    [[ $LAUNCHER == torchrun && $VERDICT == *' was lost: '* ]] && JOB_CODE=4
+  else
+    SHARED=$(grep -hoE '(^|\]:)(error|preflight): .*' "$first" 2>/dev/null | tail -n 1)
+    SHARED=${SHARED#]:}
+  fi
 }
 
 # Prints the failure that judge has found: the end of the rank's log, and one line, the last of all.
 explain() {
-  local log first=${TASK_LOG/\%3t/000} unit=rank where=$REASON text=''
+  local log=${TASK_LOG/\%3t/000} unit=rank number=$FAILED_TASK where=$REASON text=''
   [[ $LAUNCHER == torchrun ]] && unit='node number'
-  hear_verdict "$first"
-  if [[ -n $FAILED_TASK ]]; then
-    where="$unit $FAILED_TASK on $FAILED_HOST: $REASON"
-    log=${TASK_LOG/\%3t/$(printf '%03d' "$FAILED_TASK")}
-    # What all ranks have found, rank 0 tells for all.
-    [[ -s $log ]] || log=$first
-    text=$(grep -v '^slurmstepd' "$log" | grep -i 'error' | tail -n 1)
-    [[ -z $VERDICT ]] || text=$VERDICT
-    printf -- '--- %s, end of %s ---\n' "$unit $FAILED_TASK on $FAILED_HOST" "$log"
-    tail -n 20 "$log"
-    printf -- '---\n'
+  if [[ -n $SHARED ]]; then
+    show_end 'rank 0' "$log"
+    printf 'slurm: %s failed: %s\n' "$FAILED_NAME" "$SHARED" >&2
+    return
   fi
+  if [[ -n $VERDICT ]]; then
+    [[ $unit == rank && $RANK == "$number" ]] || REASON="job ended with code $JOB_CODE"
+    unit=rank number=$RANK FAILED_HOST=$HOST text=$VERDICT
+    FAILED_TASK=$RANK
+    [[ $LAUNCHER == torchrun ]] && FAILED_TASK=$((RANK / TASKS_PER_NODE))
+  fi
+  if [[ -n $number ]]; then
+    where="$unit $number on $FAILED_HOST: $REASON"
+    [[ -s ${TASK_LOG/\%3t/$(printf '%03d' "$FAILED_TASK")} ]] &&
+      log=${TASK_LOG/\%3t/$(printf '%03d' "$FAILED_TASK")}
+    [[ -n $text ]] || text=$(grep -v '^slurmstepd' "$log" | grep -i 'error' | tail -n 1)
+    show_end "$unit $number on $FAILED_HOST" "$log"
+  fi
+  can_write "$LOGS" || text+="; $LOGS cannot be written: is the disk full?"
   printf 'slurm: %s failed first at %s%s\n' "$FAILED_NAME" "$where" "${text:+; $text}" >&2
 }
 
-# hear_verdict LOG: the ranks watch over each other and leave together, so srun's order says little.
-# Where rank 0 has told who was first, that is the one to blame. Sets VERDICT.
-hear_verdict() {
-  local task
-  VERDICT=''
-  [[ $LAUNCHER == srun && -f $1 ]] || return 0
-  VERDICT=$(grep -E '^\[rank [0-9]+ on [^]]+\] ' "$1" | tail -n 1)
-  task=${VERDICT#\[rank }
-  task=${task%% *}
-  [[ -n $task && $task != "$FAILED_TASK" ]] || return 0
-  FAILED_TASK=$task
-  FAILED_HOST=$(host_of "$task")
-  REASON="job ended with code $JOB_CODE"
-}
-
-# host_of TASK: the node of a task; srun fills one node after the other.
-host_of() {
-  scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n "$(($1 / TASKS_PER_NODE + 1))p"
+# show_end WHOSE LOG
+show_end() {
+  printf -- '--- %s, end of %s ---\n' "$1" "$2"
+  tail -n 20 "$2"
+  printf -- '---\n'
 }

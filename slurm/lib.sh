@@ -12,7 +12,7 @@ source "$PROJECT/slurm/requeue.sh"
 say() { printf 'slurm: %s\n' "$*"; }
 fail() {
   printf 'slurm: error: %s\n' "$*" >&2
-  exit 2
+  exit "${FAIL_CODE:-2}"
 }
 
 # train_job CONFIG MODEL [ARGUMENT ...]: training, preflight included; comes back after a stop. Returns
@@ -25,7 +25,7 @@ train_job() {
   shift 2
   is_config "${1-}" && model=''
   read_arguments "$@"
-  [[ -z $model || " ${ARGUMENTS[*]}" == *\ @(--hf|--checkpoint|model.)* ]] || ARGUMENTS+=(--hf "$model")
+  [[ -z $model ]] || names_weights || ARGUMENTS+=(--hf "$model")
   begin_job
   ARGUMENTS=("${OVERRIDES[@]}" "${ARGUMENTS[@]}")
   if ((DRY_RUN)); then
@@ -33,8 +33,10 @@ train_job() {
     exit "$CODE"
   fi
   check_run
+  note_start
   rm -f "$RUN_DIR/requeue"
   LOGS=$RUN_DIR/logs/job_$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+  ((STOPPED)) && stop_at_start
   run_ranks train train "$CONFIG" "${ARGUMENTS[@]}"
   ((CODE == 0)) && [[ ! -f $RUN_DIR/requeue ]] || end_training train
 }
@@ -53,6 +55,15 @@ other_job() {
 collect_runs() {
   flock "$1/.collecting" srun "${STEP[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
     "${INTERPRETER[@]}" "$PROJECT/tools/collect_sweep.py" "$1" || fail "$1: results not collected"
+}
+
+# Whether the arguments say where the model comes from.
+names_weights() {
+  local argument
+  for argument in "${ARGUMENTS[@]}"; do
+    [[ $argument == @(--hf|--checkpoint|--hf=*|--checkpoint=*|model.@(hf_path|checkpoint|architecture)*) ]] && return
+  done
+  return 1
 }
 
 is_config() { [[ $1 == *.@(yaml|yml) && $1 != *=* ]]; }
@@ -79,14 +90,14 @@ read_arguments() {
 
 # Site settings, address and command of this job; says what starts where.
 begin_job() {
-  [[ -n ${SLURM_JOB_ID-} ]] || fail "this is no job: start it with \`sbatch ${0##*/}\`"
+  [[ -n ${SLURM_JOB_ID-} ]] || fail "this is no job: start it with \`sbatch slurm/${0##*/}\`"
   read_site
   # The submitting shell may have been a process of another run.
   unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
   TASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}
   choose_address
   export PYTHONPATH=$PROJECT${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  STEP_PID=
+  STEP_PID='' STOPPED=0
   trap pass_on_stop USR1 TERM
   cd "$WORK_DIR" || fail "WORK_DIR=$WORK_DIR: no such directory"
   make_command
@@ -205,11 +216,17 @@ describe() {
 # The same in one process, before all start: a mistake ends the job here. Sets RUN_DIR.
 check_run() {
   local told
-  told=$(describe --nodes=1 --ntasks=1)
+  told=$(describe --nodes=1 --ntasks=1 2>&1)
   CODE=$?
-  printf '%s\n' "$told"
-  ((CODE == 0)) || exit "$CODE"
   RUN_DIR=$(sed -n 's/^run directory: //p' <<<"$told")
+  # Stopped or preempted before anything ran.
+  ((STOPPED || CODE == 138 || CODE == 143)) && stop_at_start
+  # The plan is the same at every restart.
+  ((CODE == 0 && ${SLURM_RESTART_COUNT:-0})) ||
+    grep -v '^srun: error: .* Exited with exit code' <<<"$told"
+  ((CODE == 0)) || exit "$CODE"
+  grep -q '^DOES NOT FIT' <<<"$told" &&
+    say "warning: by the memory plan this does not fit; it starts all the same"
 }
 
 # run_ranks NAME ARGUMENT ...: `nested-reft ARGUMENT ...` on every GPU. Each task has a file of its
@@ -217,7 +234,7 @@ check_run() {
 run_ranks() {
   local name=$1 unit=rank
   shift
-  mkdir -p "$LOGS" || fail "$LOGS: cannot be made"
+  can_write "$LOGS" || FAIL_CODE=3 fail "$LOGS: cannot be written; is the disk full?"
   [[ $LAUNCHER == torchrun ]] && unit=node
   TASK_LOG=$LOGS/$name.${unit}_%3t.log
   SRUN_LOG=$LOGS/$name.srun.log
@@ -242,6 +259,15 @@ run_ranks() {
   await "$follower"
   CODE=$code
 }
+
+# Whether a file of some size can be made in a directory.
+can_write() {
+  local probe=$1/.probe.$SLURM_JOB_ID code
+  mkdir -p "$1" && head -c 1000000 /dev/zero >"$probe"
+  code=$?
+  rm -f "$probe"
+  return "$code"
+} 2>/dev/null
 
 # await PID: sets CODE. A signal that the shell catches ends a wait: then it waits again.
 await() {

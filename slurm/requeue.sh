@@ -16,7 +16,7 @@ end_training() {
     why="asked to stop, saved at $(<"$RUN_DIR/requeue")"
   else
     case $JOB_CODE in
-      75 | 138)
+      75 | 138 | 143)
         JOB_CODE=75
         why='asked to stop before there was anything to save'
         ;;
@@ -25,6 +25,21 @@ end_training() {
   fi
   [[ -n $why ]] && decide_requeue "$why"
   ((JOB_CODE == 75)) || explain
+  leave_job
+}
+
+# A stop came before the ranks began: nothing is to be saved, and the job comes back.
+stop_at_start() {
+  JOB_CODE=75 REQUEUE=0
+  if is_running 'asked to stop before the run began'; then
+    say 'asked to stop before the run began; requeued'
+    REQUEUE=1
+  fi
+  leave_job
+}
+
+# Never returns.
+leave_job() {
   if ((REQUEUE)); then
     # Slurm may have been faster. Else it ends this script within the next moments.
     scontrol requeue "$(own_job)" || say "not requeued: submit the job again, and it goes on"
@@ -32,21 +47,41 @@ end_training() {
   exit "$JOB_CODE"
 }
 
+# is_running WHY: whether the job may still be requeued; says so if not.
+is_running() {
+  local state
+  state=$(scontrol --oneliner show job "$(own_job)" | grep -o 'JobState=[A-Z_]*')
+  [[ $state == JobState=RUNNING ]] && return
+  # Preempted without notice: Slurm has requeued it. Cancelled: nobody wants it back.
+  say "$1; not requeued here, for Slurm has ended the job ($state)"
+  return 1
+}
+
 # decide_requeue WHY: counts, and sets REQUEUE unless it would do harm or lead nowhere.
 decide_requeue() {
-  local step idle state
+  local step idle
+  is_running "$1" || return 0
   step=$(last_step)
-  idle=$(count_idle_restarts "$step")
-  state=$(scontrol --oneliner show job "$(own_job)" | grep -o 'JobState=[A-Z_]*')
-  if [[ $state != JobState=RUNNING ]]; then
-    # Preempted without notice: Slurm has requeued it. Cancelled: nobody wants it back.
-    say "$1; not requeued here, for Slurm has ended the job ($state)"
-  elif ((idle >= MAX_IDLE_RESTARTS)); then
+  idle=$(count_idle_restarts "$step" "${SLURM_RESTART_COUNT:-0}")
+  if ((idle >= MAX_IDLE_RESTARTS)); then
     say "$1; not requeued: $idle restarts have brought it no further than step $step"
   else
     say "$1; requeued ($idle restarts without progress, $MAX_IDLE_RESTARTS at most)"
     REQUEUE=1
   fi
+}
+
+# A restart that Slurm has made by itself (a lost node, preemption without notice) counts as well.
+note_start() {
+  local job former idle count=-1 step now=${SLURM_RESTART_COUNT:-0}
+  ((now)) || return 0
+  [[ -f $RUN_DIR/restarts ]] && read -r job former idle count <"$RUN_DIR/restarts"
+  [[ ${job-} == "$SLURM_JOB_ID" ]] && ((count == now - 1)) && return 0
+  step=$(last_step)
+  idle=$(count_idle_restarts "$step" "$((now - 1))")
+  ((idle < MAX_IDLE_RESTARTS)) && return 0
+  say "not started: $idle restarts have brought it no further than step $step"
+  exit 4
 }
 
 # The step that a restart would go on from.
@@ -61,10 +96,11 @@ last_step() {
   printf '%d\n' "$step"
 }
 
-# count_idle_restarts STEP: how many restarts of this job have ended at the step that they began at.
+# count_idle_restarts STEP COUNT: how many restarts of this job, until the one of that number, have
+# ended at the step that they began at.
 count_idle_restarts() {
-  local file=$RUN_DIR/restarts job='' former=0 idle=0
-  [[ -f $file ]] && read -r job former idle <"$file"
+  local file=$RUN_DIR/restarts job='' former=0 idle=0 count
+  [[ -f $file ]] && read -r job former idle count <"$file"
   if [[ $job != "$SLURM_JOB_ID" ]]; then
     idle=0
   elif (($1 > former)); then
@@ -72,7 +108,7 @@ count_idle_restarts() {
   else
     idle=$((idle + 1))
   fi
-  printf '%s %d %d\n' "$SLURM_JOB_ID" "$1" "$idle" >"$file"
+  printf '%s %d %d %d\n' "$SLURM_JOB_ID" "$1" "$idle" "$2" >"$file"
   printf '%d\n' "$idle"
 }
 

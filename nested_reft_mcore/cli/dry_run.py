@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nested_reft_mcore.cli.runs import with_model
 from nested_reft_mcore.config.layout import needed_processes
 from nested_reft_mcore.config.load import load_config
 from nested_reft_mcore.config.schema import Config
+from nested_reft_mcore.launch.ranks import node_name
 from nested_reft_mcore.planning.layout import Layout
 from nested_reft_mcore.planning.report import plan_report
 from nested_reft_mcore.planning.run_plan import make_plan
@@ -55,7 +55,7 @@ def run_dry(
     plan = make_plan(config, num_nodes, local_size, hardware=hardware)
     node = int(os.environ.get("SLURM_NODEID", "0"))
     lines = [
-        f"node {node + 1} of {num_nodes}: {_host(os.environ)}",
+        f"node {node + 1} of {num_nodes}: {node_name(os.environ)}",
         f"command: {shlex.join(['nested-reft', 'train', str(path), *whole])}",
         f"run directory: {Path(config.run_dir).absolute()}",
         *_places(plan.layout, range(node * local_size, (node + 1) * local_size)),
@@ -65,11 +65,6 @@ def run_dry(
     # One write: other nodes print at the same time.
     print("\n".join(lines), flush=True)
     return 0
-
-
-def _host(environ: Mapping[str, str]) -> str:
-    """Slurm's name of this node, which is what its messages use; else the host's."""
-    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _places(layout: Layout, ranks: range) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -24,9 +23,9 @@ from nested_reft_mcore.launch.context import ParallelContext, RankInfo
 from nested_reft_mcore.launch.exit_codes import ExitCode
 from nested_reft_mcore.launch.lifeline import Lifeline
 from nested_reft_mcore.launch.parent import signal_at_parents_death
-from nested_reft_mcore.launch.ranks import discover_ranks
+from nested_reft_mcore.launch.ranks import discover_ranks, node_name
 from nested_reft_mcore.launch.signals import StopSignals
-from nested_reft_mcore.observability.logging import configure_logging, open_rank_log
+from nested_reft_mcore.observability.logging import configure_logging, forgive_stderr, open_rank_log
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -195,11 +194,12 @@ def _work(job: Job, ranks: RankInfo, stop: StopSignals) -> int:
     """Join the others, work, and part."""
     # Both are read when torch and Megatron are imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    forgive_stderr()
     configure_logging(job.log_level, ranks.rank, ranks.world_size)
     from nested_reft_mcore.launch.meeting import PreflightError
 
     world = _meet_by_mpi(ranks) if ranks.launcher == "mpirun" else None
-    host = socket.gethostname()
+    host = node_name(os.environ)
     line = Lifeline(ranks.rank, host)
     if job.log_dir is not None:
         line.note = open_rank_log(job.log_dir.parent, ranks.rank, host)
@@ -215,7 +215,7 @@ def _work(job: Job, ranks: RankInfo, stop: StopSignals) -> int:
         _print_error(error, ranks.rank)
         return ExitCode.USER_ERROR
     except PreflightError as error:
-        line.fail(ExitCode.PREFLIGHT, f"preflight: {error}")
+        line.fail(ExitCode.PREFLIGHT, f"preflight: {_indented(error)}")
         if ranks.rank == 0 or not error.is_common:
             _print_problem(str(error))
         return ExitCode.PREFLIGHT
@@ -316,9 +316,8 @@ def _explain(error: Exception, ranks: RankInfo, line: Lifeline) -> ExitCode:
     said = f"{type(error).__name__}: {error}"
     if from_collective and any(sign in text for sign in _PEER_LEFT):
         # The cause is with the one that left; who watches over all knows which one that is.
-        line.fail(
-            ExitCode.PEER_LOST, f"lost touch with another process: {said}", is_consequence=True
-        )
+        text = f"lost touch with another process: {said}"
+        line.fail(ExitCode.PEER_LOST, text, error=error, is_consequence=True)
         print(f"[rank {ranks.rank}] another process left", file=sys.stderr, flush=True)
         return ExitCode.PEER_LOST
     traceback.print_exception(error)

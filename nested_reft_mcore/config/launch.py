@@ -18,5 +18,5 @@ class LaunchConfig(Section):
     """A check of the preflight that takes longer has failed."""
     join_deadline_seconds: float = Field(default=600.0, gt=0)
     """So long the first processes wait for the last one at the start."""
-    peer_deadline_seconds: float = Field(default=60.0, ge=1.0)
+    peer_deadline_seconds: float = Field(default=60.0, ge=5.0)
     """A process that is silent for so long, stopped or on a dead node, counts as lost."""

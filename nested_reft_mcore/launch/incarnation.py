@@ -66,7 +66,8 @@ def take_over(run_dir: Path, mine: Incarnation) -> Incarnation | None:
     The former owner, if it is alive, finds out before it writes again (`check_owner`).
 
     Raises:
-        UserError: it belongs to a later start of the same job, so this one is a straggler.
+        UserError: it belongs to a later start of the same job, so this one is a straggler; or it
+            cannot be written to.
     """
     former = owner(run_dir)
     if former is not None and former.job == mine.job and former.restart > mine.restart:
@@ -77,11 +78,14 @@ def take_over(run_dir: Path, mine: Incarnation) -> Incarnation | None:
     path = run_dir / INCARNATION_FILE
     # Two starts at once write different files, and the later rename wins.
     aside = path.with_name(f".{path.name}.{mine.token}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(mine), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(mine), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return former
 
 

@@ -10,7 +10,6 @@ import datetime
 import json
 import os
 import secrets
-import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from nested_reft_mcore.launch.context import RankInfo
 from nested_reft_mcore.launch.hub import Hub
 from nested_reft_mcore.launch.lifeline import Lifeline, Watchers, within
 from nested_reft_mcore.launch.pulse import read_port, start_pulse
+from nested_reft_mcore.launch.ranks import node_name
 from nested_reft_mcore.launch.verdict import VERDICT_KEY, Verdict
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def open_store(ranks: RankInfo, seconds: float) -> Store:
     except RuntimeError as error:
         where = f"{ranks.master_addr}, port {ranks.master_port}"
         if ranks.rank == 0 and not is_held:
-            what = f"rank 0 on {socket.gethostname()} cannot listen on {where}"
+            what = f"rank 0 on {node_name(os.environ)} cannot listen on {where}"
         else:
             what = f"rank 0 was not found at {where} within {seconds:g} s"
         raise PreflightError(f"join: {what}: {str(error).splitlines()[0]}") from error
@@ -161,7 +161,7 @@ def _on_one_node(ranks: RankInfo) -> bool:
 
 
 def _arrival(problem: str = "") -> str:
-    return json.dumps({"host": socket.gethostname(), "problem": problem})
+    return json.dumps({"host": node_name(os.environ), "problem": problem})
 
 
 def _gather(store: Store, ranks: RankInfo, seconds: float, problem: str = "") -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _read(
         return json.loads(store.get("muster"))
     except RuntimeError as error:
         raise PreflightError(
-            f"join: rank {ranks.rank} on {socket.gethostname()} has heard nothing from rank 0 at "
+            f"join: rank {ranks.rank} on {node_name(os.environ)} has heard nothing from rank 0 at "
             f"{ranks.master_addr} within {seconds:g} s"
         ) from error
 

@@ -13,7 +13,6 @@ import os
 import platform
 import secrets
 import shutil
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from nested_reft_mcore.launch.context import RankInfo
 from nested_reft_mcore.launch.doctor import REQUIREMENTS
 from nested_reft_mcore.launch.meeting import Meeting, PreflightError
+from nested_reft_mcore.launch.ranks import node_name
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -98,7 +98,7 @@ def check_nodes(needs: Needs, ranks: RankInfo, meeting: Meeting | None) -> list[
 
 def examine(needs: Needs, ranks: RankInfo, find_marker: Callable[[], str] | None) -> Report:
     """What this process sees; files are looked at by the first process of each node."""
-    report = Report(ranks.rank, socket.gethostname(), find_versions(), "")
+    report = Report(ranks.rank, node_name(os.environ), find_versions(), "")
     checks: list[Callable[[], str]] = []
 
     def gpu() -> str:

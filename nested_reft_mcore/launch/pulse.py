@@ -6,6 +6,9 @@ is there, and not stopped. Run as `python -m nested_reft_mcore.launch.pulse PARE
 with the job's token on standard input. WHERE is an address, a port and a rank: it sends signs of
 life to the hub there. In rank 0 it is `one-node` or `many-nodes`: it prints a port where it gives
 them to whoever shows the token.
+
+A parent that is stopped while the others leave is killed: it cannot leave by itself, and whoever
+started the job would wait for it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from nested_reft_mcore.launch.hub import listen
@@ -27,6 +29,7 @@ from nested_reft_mcore.launch.parent import die_with_parent
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 BEAT = b'{"pulse": true}\n'
+_LAST_CHANCE_SECONDS = 2.0
 
 
 def start_pulse(token: str, beat_seconds: float, *where: str) -> subprocess.Popen[bytes]:
@@ -69,17 +72,17 @@ def main(arguments: list[str]) -> None:
     die_with_parent(parent)
     token = sys.stdin.readline().strip()
     if len(arguments) == 3:
-        _serve(listen(arguments[2] == "one-node"), token, seconds, lambda: is_well(parent))
+        _serve(listen(arguments[2] == "one-node"), token, seconds, parent)
         return
     address, port, rank = arguments[2:]
     with contextlib.suppress(OSError):
         hub = socket.create_connection((address, int(port)), 30)
         greeting = {"rank": int(rank), "token": token, "pulse": True}
         hub.sendall(json.dumps(greeting).encode() + b"\n")
-        while True:
+        while not _has_closed(hub, seconds):
             if is_well(parent):
                 hub.sendall(BEAT)
-            time.sleep(seconds)
+    end_if_stopped(parent)
 
 
 def is_well(parent: int) -> bool:
@@ -93,36 +96,62 @@ def is_well(parent: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in ("T", "Z", "X")
 
 
-def _serve(listener: socket.socket, token: str, seconds: float, well: Callable[[], bool]) -> None:
-    """Give signs of life to whoever shows the token."""
+def end_if_stopped(parent: int) -> None:
+    """Kill the parent if it is stopped, and stays so."""
+    if is_well(parent):
+        return
+    time.sleep(_LAST_CHANCE_SECONDS)
+    if not is_well(parent):
+        os.kill(parent, signal.SIGKILL)
+
+
+def _has_closed(connection: socket.socket, seconds: float) -> bool:
+    """Whether the other side has closed a connection, after so long at most."""
+    if not select.select([connection], [], [], seconds)[0]:
+        return False
+    try:
+        return not connection.recv(4096)
+    except OSError:
+        return True
+
+
+def _serve(listener: socket.socket, token: str, seconds: float, parent: int) -> None:
+    """Give signs of life to whoever shows the token, this job's processes."""
     print(listener.getsockname()[1], flush=True)
-    listeners: list[socket.socket] = []
+    listeners: dict[socket.socket, int] = {}
     strangers: list[socket.socket] = []
     next_beat = 0.0
     while True:
         pause = max(0.0, next_beat - time.monotonic())
-        for ready in select.select([listener, *strangers], [], [], pause)[0]:
+        for ready in select.select([listener, *strangers, *listeners], [], [], pause)[0]:
             if ready is listener:
                 with contextlib.suppress(OSError):
                     strangers.append(listener.accept()[0])
-                continue
-            strangers.remove(ready)
-            if _shows(ready, token):
-                listeners.append(ready)
+            elif ready in listeners:
+                if _has_closed(ready, 0) and listeners.pop(ready) and not any(listeners.values()):
+                    # All of the others have left.
+                    end_if_stopped(parent)
             else:
-                ready.close()
+                strangers.remove(ready)
+                rank = _rank_of(ready, token)
+                if rank is None:
+                    ready.close()
+                else:
+                    listeners[ready] = rank
         if time.monotonic() >= next_beat:
             next_beat = time.monotonic() + seconds
-            if well():
-                listeners = [one for one in listeners if _send(one)]
+            if is_well(parent):
+                listeners = {one: rank for one, rank in listeners.items() if _send(one)}
 
 
-def _shows(connection: socket.socket, token: str) -> bool:
+def _rank_of(connection: socket.socket, token: str) -> int | None:
+    """Who has connected; nothing for one that does not show the token."""
     connection.setblocking(False)
     try:
-        return json.loads(connection.recv(1000))["token"] == token
+        greeting = json.loads(connection.recv(1000))
+        return int(greeting["rank"]) if greeting["token"] == token else None
     except (OSError, ValueError, TypeError, KeyError):
-        return False
+        return None
 
 
 def _send(connection: socket.socket) -> bool:

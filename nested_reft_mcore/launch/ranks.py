@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator, Mapping
 
 from nested_reft_mcore.config.errors import UserError
@@ -26,6 +27,11 @@ _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Higher step numbers stand for batch scripts, interactive shells and Slurm's own needs.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _FIRST_PORT, _NUM_PORTS = 15000, 17000
+
+
+def node_name(env: Mapping[str, str]) -> str:
+    """What to call this machine: as Slurm does, which may differ from its host name."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def discover_ranks(env: Mapping[str, str]) -> RankInfo | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from torch.distributed.elastic.multiprocessing import (
 )
 
 from nested_reft_mcore.launch.exit_codes import ExitCode
-from nested_reft_mcore.launch.ranks import LOCAL_MARKER
+from nested_reft_mcore.launch.ranks import LOCAL_MARKER, node_name
 from nested_reft_mcore.launch.verdict import VERDICT_KEY, Verdict
 from nested_reft_mcore.launch.watch import Outcome, WorkerWatch
 
@@ -53,10 +52,9 @@ def run_local(
     as long again, then SIGKILL; an interrupt starts the same clock, a second one kills at once. If
     this process dies, the workers die with it. To be called in the main thread.
 
-    Rank 0 writes to this console; its stdout is the console itself, so that a terminal stays one.
-    The stderr of all ranks and the stdout of the others go to `rank_N.stderr` and `rank_N.stdout`
-    in `log_dir` (by default in a temporary directory, which is removed after a success). The error
-    of the rank that failed first is the last thing printed.
+    Rank 0 writes to this console itself, so that a terminal stays one. What the others write goes
+    to `rank_N.stderr` and `rank_N.stdout` in `log_dir` (by default in a temporary directory, which
+    is removed after a success). The error of the rank that failed first is the last thing printed.
 
     Args:
         argv: what follows the command.
@@ -151,10 +149,10 @@ class _RankFiles(LogsSpecs):
         """Name the files; an empty name leaves the stream as it is."""
         stdouts = {rank: str(_log_file(self._directory, rank, "stdout")) for rank in envs}
         stderrs = {rank: str(_log_file(self._directory, rank, "stderr")) for rank in envs}
+        # Rank 0 has to be heard on a full disk as well.
         return LogsDest(
             stdouts=stdouts | {0: ""},
-            stderrs=stderrs,
-            tee_stderrs={0: stderrs[0]},
+            stderrs=stderrs | {0: ""},
             error_files=dict.fromkeys(envs, os.devnull),
         )
 
@@ -225,5 +223,5 @@ def _tell(outcome: Outcome, watch: WorkerWatch, verdict: Verdict | None, directo
         reason = "it hung, and was killed"
     elif code > 128:
         reason = f"killed by {signal.Signals(code - 128).name}"
-    where = f"rank {rank} on {socket.gethostname()}"
+    where = f"rank {rank} on {node_name(os.environ)}"
     print(f"{where} failed first ({reason}); logs: {directory}", file=sys.stderr)

@@ -9,8 +9,11 @@ imports, so files are written by this process on every machine.
 from __future__ import annotations
 
 import queue
+import re
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,13 @@ from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.faults import fault_point
 from nested_reft_mcore.mcore.agreement import gather_all, on_main
 
+# What torch's archives say of a full disk; other errors at this place are those of collectives.
+_ARCHIVE_ERROR = re.compile(r"iostream error|unexpected pos|PytorchStreamWriter|inline_container")
+
+
+class OneSidedError(RuntimeError):
+    """One process has failed where the others wait for it: it can agree on nothing any more."""
+
 
 class CheckpointWriter:
     """Writes one checkpoint: `CheckpointWriter(...)`, `write()`, `publish()`."""
@@ -52,6 +62,9 @@ class CheckpointWriter:
             context: Of this process.
             snapshot: Copy tensors that are on the host already, so that training may change them
                 while they are written. Those of a GPU are copied in any case.
+
+        Raises:
+            OneSidedError: this process could not write what goes first.
         """
         # The names of Megatron's modules are looked up when a strategy is used: without a queue
         # of ours a process would be spawned just to hold one.
@@ -59,9 +72,10 @@ class CheckpointWriter:
         strategy = _Strategy("torch_dist", 1, thread_count=1)
         self._partial = partial
         self._context = context
-        self._request: Any = dist_checkpointing.save(
-            sharded_state, str(partial), sharded_strategy=strategy, async_sharded_save=True
-        )
+        with _one_sided(partial):
+            self._request: Any = dist_checkpointing.save(
+                sharded_state, str(partial), sharded_strategy=strategy, async_sharded_save=True
+            )
         self._buckets: list[Any] = []
         if self._request.async_fn is not None:
             self._buckets = _on_host(self._request, snapshot=snapshot)
@@ -102,6 +116,7 @@ class CheckpointWriter:
 
         Raises:
             RuntimeError: a process could not write; the message names it, and the file.
+            OneSidedError: this process could not write the index.
         """
         if self._thread is not None:
             self._thread.join()
@@ -111,8 +126,9 @@ class CheckpointWriter:
                 # Files may have gone because the run directory has a new owner.
                 on_main(check, self._context)
             raise RuntimeError(f"{final}: could not be saved: {'; '.join(errors)}")
-        for finalize in self._request.finalize_fns:
-            finalize()
+        with _one_sided(self._partial):
+            for finalize in self._request.finalize_fns:
+                finalize()
         entries = [e for share in gather_all(self._entries, self._context) for e in share]
         finish = partial(self._finish, final, entries, step, check)
         manifest: Manifest = on_main(finish, self._context)
@@ -137,6 +153,21 @@ class CheckpointWriter:
             check()
         publish(self._partial, final)
         return manifest
+
+
+@contextmanager
+def _one_sided(directory: Path) -> Iterator[None]:
+    """Around what Megatron writes in the midst of its own collectives."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not _ARCHIVE_ERROR.search(str(error)):
+            raise
+        free = shutil.disk_usage(directory).free
+        raise OneSidedError(
+            f"{directory}: could not be saved ({free / 1e6:.1f} MB free): "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 class _Strategy(TorchDistSaveShardedStrategy):

@@ -7,8 +7,9 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 Level = Literal["debug", "info", "warning"]
 
@@ -124,6 +125,33 @@ def open_rank_log(directory: Path, rank: int, host: str) -> Callable[[str], None
         handler.handle(logging.LogRecord(_PACKAGE, logging.INFO, "", 0, text, None, None))
 
     return note
+
+
+class _Forgiving:
+    """A text stream that loses what cannot be written: stderr may be a file on a full disk."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be."""
+        with suppress(OSError):
+            self._stream.flush()
+
+
+def forgive_stderr() -> None:
+    """Let no message end this process because standard error cannot be written."""
+    if not isinstance(sys.stderr, _Forgiving):
+        sys.stderr = cast("TextIO", _Forgiving(sys.stderr))
 
 
 def configure_logging(level: Level = "info", rank: int = 0, world_size: int = 1) -> None:

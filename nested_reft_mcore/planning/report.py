@@ -209,11 +209,13 @@ def _gains(plan: RunPlan) -> list[str]:
             f"  {gain.law:<16}{gain.counted:>13.2f}x{gain.generation:>11.2f}x{gain.step:>7.2f}x"
             f"{mark}"
         )
-    lines.append(
-        f"the vocabulary head takes as long as {plan.head_cost:.1f} layers here: "
-        f"nested.head_cost={plan.head_cost:.1f} lets `stage_balanced` know (it is "
-        f"{config.nested.head_cost:g})"
-    )
+    is_off = abs(plan.head_cost - config.nested.head_cost) >= 0.1
+    if config.nested.law == "stage_balanced" and is_off:
+        lines.append(
+            f"the vocabulary head takes as long as {plan.head_cost:.1f} layers here: "
+            f"nested.head_cost={plan.head_cost:.1f} lets `stage_balanced` know (it is "
+            f"{config.nested.head_cost:g})"
+        )
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,7 +104,7 @@ def make_plan(
         if value < 1:
             raise UserError(f"{name}={value}: expected 1 or more")
     memory_gb = hardware.memory_gb if gpu_memory_gb is None else gpu_memory_gb
-    room = usable_bytes(hardware, memory_gb)
+    room = usable_bytes(hardware, memory_gb) if math.isfinite(memory_gb) else 0
     if room <= 0:
         raise UserError(
             f"--gpu-memory {memory_gb:g}: nothing is left of it after the reserve of "

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,9 @@ from nested_reft_mcore.launch.incarnation import (
     this_incarnation,
 )
 from nested_reft_mcore.launch.signals import StopSignals
-from nested_reft_mcore.mcore.agreement import gather_all, on_main
+from nested_reft_mcore.mcore.agreement import on_main
 from nested_reft_mcore.mcore.checkpoint import load_checkpoint
+from nested_reft_mcore.mcore.checkpoint_writer import OneSidedError
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
 from nested_reft_mcore.observability.environment import ENVIRONMENT_FILE, write_environment
 from nested_reft_mcore.observability.progress import Progress
@@ -48,7 +48,7 @@ from nested_reft_mcore.training.policy_setup import (
 from nested_reft_mcore.training.reference import ReferencePolicy
 from nested_reft_mcore.training.replicas import any_in_replica, any_process
 from nested_reft_mcore.training.saving import RunCheckpoints
-from nested_reft_mcore.training.state import RunState, StopRequest, TroubleFound
+from nested_reft_mcore.training.state import RunState, StopRequest, Trouble, TroubleFound
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Run:
         self._stop = stop
         self._command = command
         self._num_steps = num_steps
-        self._trouble: str | None = None
+        self.trouble = Trouble()
         self._check_origin()
         self.policy = load_policy(config.model, config.parallel, context, config.seed)
         self.tokenizer = load_policy_tokenizer(
@@ -115,10 +115,7 @@ class Run:
         if checkpoint is not None:
             self._resume(checkpoint)
         self.checkpoints.begin(checkpoint, self.state.step)
-        if context.is_main:
-            dump_config(config, self.directory / CONFIG_FILE)
-            write_environment(self.directory, context.world_size)
-            self._requeue_file.unlink(missing_ok=True)
+        on_main(self._describe_run, context)
         self.tracker = self._open_tracker(is_resumed=checkpoint is not None)
         self.progress = Progress(
             config.logging.progress if context.is_main else "off",
@@ -139,8 +136,8 @@ class Run:
     ) -> None:
         self.progress.__exit__(kind, error, traceback)
         left = self.timers.collect() | self.checkpoints.metrics()
-        with self.writing(self.directory / METRICS_FILE):
-            if left and kind is None and self._trouble is None:
+        with self.trouble.writing(self.directory / METRICS_FILE):
+            if left and kind is None and self.trouble.text is None:
                 self.tracker.log(self.state.step, left)
             self.tracker.close()
 
@@ -191,7 +188,7 @@ class Run:
                 self._stop.requested,
                 superseded is not None,
                 self.checkpoints.is_writing,
-                self._trouble is not None,
+                self.trouble.text is not None,
             ),
             self.context,
         )
@@ -204,18 +201,6 @@ class Run:
         if stop and may_stop:
             raise StopRequest
 
-    def note_trouble(self, text: str) -> None:
-        """This process cannot go on: all of them save and stop where they next agree on it."""
-        self._trouble = self._trouble or text
-
-    @contextmanager
-    def writing(self, path: Path) -> Iterator[None]:
-        """Around what writes a file beside checkpoints: what cannot be written is trouble."""
-        try:
-            yield
-        except OSError as error:
-            self.note_trouble(f"{error.filename or path}: cannot be written: {error.strerror}")
-
     def is_interrupted(self) -> bool:
         """Whether a process of this replica was asked to stop; the same answer on all of them."""
         return any_in_replica(self._stop.requested, self.context)
@@ -227,7 +212,7 @@ class Run:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Record metrics of the present step, with the times of its phases."""
-        with self.writing(self.directory / METRICS_FILE):
+        with self.trouble.writing(self.directory / METRICS_FILE):
             self.tracker.log(self.state.step, metrics | self._times())
 
     def finish_step(self, metrics: dict[str, float], skipped: str, every: int = 1) -> None:
@@ -245,7 +230,7 @@ class Run:
         tokens = metrics["perf/total_num_tokens"]
         metrics["perf/throughput"] = tokens / seconds / self.context.world_size
         metrics["training/skipped_updates"] = float(self.state.skipped_updates)
-        with self.writing(self.directory / METRICS_FILE):
+        with self.trouble.writing(self.directory / METRICS_FILE):
             self.tracker.log(self.state.step, metrics)
         self.progress.update(self.state.step, metrics, skipped=skipped)
 
@@ -285,10 +270,10 @@ class Run:
         self._save_all()
         self.check(may_stop=False)
         if self.context.is_main:
-            with self.writing(self._requeue_file):
+            with self.trouble.writing(self._requeue_file):
                 self._write_requeue()
-            if self._trouble is not None:
-                _log.error("%s; start the same command again by hand", self._trouble)
+            if self.trouble.text is not None:
+                _log.error("%s; start the same command again by hand", self.trouble.text)
             _log.info("asked to stop: saved after step %d, to be resumed", self.state.step)
         return ExitCode.COME_BACK
 
@@ -301,26 +286,33 @@ class Run:
             self._finish_saving()
 
     def _agree_on_trouble(self) -> None:
-        if any_process((self._trouble is not None,), self.context)[0]:
+        if any_process((self.trouble.text is not None,), self.context)[0]:
             raise TroubleFound
 
     def _stop_in_trouble(self) -> int:
         """Save if that is possible, and say what is wrong, and where; the exit code."""
-        outcome = ""
+        troubles = self.trouble.of_all(self.context)
         try:
             self._save_all()
             outcome = f"saved after step {self.state.step}; the same command goes on from there"
+        except OneSidedError as error:
+            # The others wait for this process, and are ended with it.
+            text = "; ".join([str(error), self._what_stands(), *troubles])
+            self.lifeline.fail(ExitCode.FAILURE, text, error=error)
+            outcome = f"{error}; {self._what_stands()}"
         except (RuntimeError, OSError) as error:
-            # Saving fails on all processes or on none.
             self._say(f"{error}")
-            outcome = f"could not be saved; the checkpoint of step {self.checkpoints.newest or 0} "
-            outcome += "stands" if self.checkpoints.newest is not None else "does not exist yet"
-        mine = None if self._trouble is None else (socket.gethostname(), self._trouble)
+            outcome = f"could not be saved; {self._what_stands()}"
         self._say(f"stopped: {outcome}")
-        for rank, told in enumerate(gather_all(mine, self.context)):
-            if told is not None:
-                self._say(f"[rank {rank} on {told[0]}] {told[1]}")
+        for trouble in troubles:
+            self._say(trouble)
         return ExitCode.FAILURE
+
+    def _what_stands(self) -> str:
+        newest = self.checkpoints.newest
+        if newest is None:
+            return "there is no checkpoint yet"
+        return f"the checkpoint of step {newest} stands"
 
     def _say(self, text: str) -> None:
         if self.context.is_main:
@@ -359,6 +351,15 @@ class Run:
         with suppress(SupersededError):
             self._check_owner()
             self._write_requeue()
+
+    def _describe_run(self) -> None:
+        try:
+            dump_config(self.config, self.directory / CONFIG_FILE)
+            write_environment(self.directory, self.context.world_size)
+            self._requeue_file.unlink(missing_ok=True)
+        except OSError as error:
+            where = error.filename or self.directory
+            raise UserError(f"{where}: cannot be written: {error.strerror}") from error
 
     def _take_over(self) -> Incarnation:
         """Make the run directory this start's."""

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from nested_reft_mcore.launch.context import ParallelContext
+from nested_reft_mcore.launch.ranks import node_name
+from nested_reft_mcore.mcore.agreement import gather_all
 
 
 class StopRequest(Exception):
@@ -46,3 +54,32 @@ class RunState:
                 "finite (train.max_skipped_updates); look for a learning rate that is too high, "
                 "or for broken weights"
             )
+
+
+class Trouble:
+    """What this process has found that it cannot go on with: all save and stop where they next
+    agree on it."""
+
+    def __init__(self) -> None:
+        self.text: str | None = None
+
+    def note(self, text: str) -> None:
+        """The first is the one that counts."""
+        self.text = self.text or text
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Around what writes a file beside checkpoints: what cannot be written is trouble."""
+        try:
+            yield
+        except OSError as error:
+            self.note(f"{error.filename or path}: cannot be written: {error.strerror}")
+
+    def of_all(self, context: ParallelContext) -> list[str]:
+        """What each process has found, with rank and host; every process calls it."""
+        mine = None if self.text is None else (node_name(os.environ), self.text)
+        return [
+            f"[rank {rank} on {found[0]}] {found[1]}"
+            for rank, found in enumerate(gather_all(mine, context))
+            if found is not None
+        ]

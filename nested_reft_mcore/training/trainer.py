@@ -61,7 +61,7 @@ def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
     )
     if config.checkpoint.export_hf:
         check_exportable(run.policy.architecture)
-    with Judge(config.reward, context, on_dead=run.note_trouble) as judge:
+    with Judge(config.reward, context, on_dead=run.trouble.note) as judge:
         return run.to_the_end(partial(_train, run, judge))
 
 
@@ -85,7 +85,7 @@ def _train(run: Run, judge: Judge) -> int:
             judge,
             interrupted=is_evaluation_interrupted,
             check=run.check,
-            writing=run.writing,
+            writing=run.trouble.writing,
         )
     if run.is_fresh and evaluator is not None and config.evaluation.before_training:
         run.state.owed = {}
@@ -141,7 +141,7 @@ def _loop(
         run.check(may_stop=False)
         if config.logging.dump_rollouts and is_replica_writer(run.context):
             replica = run.context.data.rank
-            with run.writing(rollout_file(run.directory, step, replica)):
+            with run.trouble.writing(rollout_file(run.directory, step, replica)):
                 dump_rollouts(run.directory, step, replica, rollouts, scores.tolist())
         metrics |= steering.learn(metrics)
         state.controller = steering.state_dict()

@@ -4,6 +4,10 @@
 run_dir=${5#run_dir=}
 if [[ " $* " == *" --dry-run "* ]]; then
   mkdir -p "$run_dir"
+  if [[ $MODE-${SLURM_RESTART_COUNT:-0} == early-0 ]]; then
+    touch "$run_dir/checking"
+    while :; do sleep 0.1; done
+  fi
   printf 'run directory: %s\n' "$run_dir"
   exit 0
 fi
@@ -33,4 +37,8 @@ case $MODE-$restart-$SLURM_PROCID in
   stops-0-1) touch "$run_dir/waiting.0.1"; while :; do sleep 0.1; done ;;
   no_progress-*) save 5; sleep 1; exit 75 ;;
   abrupt-0-*) wait_for_stop ;;
+  first_lost-0-0) trap '' USR1 TERM; while :; do sleep 0.1; done ;;
+  first_lost-*) echo '[rank 0 on node3] was lost: no sign of life for 9 s'; exit 4 ;;
+  shared-0-0) sleep 1; echo 'error: train.jsonl does not exist'; exit 2 ;;
+  shared-*) exit 2 ;;
 esac

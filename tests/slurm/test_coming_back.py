@@ -25,6 +25,9 @@ OPTIONS = {
     "no_progress": ONE_NODE,
     "cancelled": ONE_NODE,
     "stays": ONE_NODE,
+    "first_lost": ONE_NODE,
+    "shared": ONE_NODE,
+    "early": ONE_NODE,
     "abrupt": sizes(1, 2, "--nodelist=node4", "--partition=abrupt"),
 }
 
@@ -91,6 +94,29 @@ def test_a_rank_that_hangs_is_ended_and_not_blamed(jobs: dict[str, Job]) -> None
         "slurm: train failed first at rank 0 on node3: Exited with exit code 4; "
         "RuntimeError: rank 1 is silent"
     )
+
+
+def test_where_rank_0_is_lost_another_one_tells(jobs: dict[str, Job]) -> None:
+    assert jobs["first_lost"].end(code=4).splitlines()[-1] == (
+        "slurm: train failed first at rank 0 on node3: job ended with code 4; "
+        "[rank 0 on node3] was lost: no sign of life for 9 s"
+    )
+
+
+def test_what_all_have_found_is_no_ranks_fault(jobs: dict[str, Job]) -> None:
+    log = jobs["shared"].end(code=2)
+    assert log.splitlines()[-1] == "slurm: train failed: error: train.jsonl does not exist"
+
+
+def test_stopped_before_it_has_begun_the_job_comes_back(
+    jobs: dict[str, Job], room: JobRoom
+) -> None:
+    job = jobs["early"]
+    job.wait_for((room.directory / "early" / "checking").exists, "its check")
+    job.signal("--signal=TERM")
+    log = job.end()
+    assert "asked to stop before the run began; requeued" in log
+    assert job.shows("Restarts") == "1"
 
 
 def test_a_cancelled_job_stays_away(jobs: dict[str, Job], room: JobRoom) -> None:

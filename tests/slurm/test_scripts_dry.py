@@ -10,6 +10,8 @@ from job_cases import JobRoom, sizes
 from run_cases import REPOSITORY, write_room
 from slurm_cluster import SlurmCluster
 
+FITS = "FITS: the worst rank"
+
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
@@ -64,6 +66,7 @@ def test_a_mistake_ends_the_job_before_its_ranks_start(room: JobRoom) -> None:
     job = room.submit("train_7b.sh", room.config, "train.num_stepz=3", options=sizes(2, 2))
     log = job.end(code=2)
     assert "train.num_stepz" in log
+    assert log.splitlines()[-1].startswith("error: ")
     assert "train.num_steps" in log
     assert "Traceback" not in log
     assert "logs are" not in log
@@ -75,6 +78,17 @@ def test_a_sweep_without_so_many_combinations(room: JobRoom) -> None:
     job.end(code=2)
     log = job.log_file.with_name(f"{job.log_file.name}.7").read_text()
     assert "error: --array: task 7, but there are 6 combinations: --array=0-5" in log
+
+
+def test_every_correction_of_the_shipped_sweep_is_accepted(room: JobRoom) -> None:
+    """With the configuration that it names, whose own threshold is of one correction only."""
+    options = ("--array=0,3,6", *sizes(1, 8))
+    # Of a model's options, only those that say where it comes from stand for its weights.
+    job = room.submit("sweep.sh", "--dry-run", "model.dtype=float32", options=options)
+    logs = [job.log_file.with_name(f"{job.log_file.name}.{index}") for index in (0, 3, 6)]
+    job.wait_for_array(lambda: all(log.exists() and FITS in log.read_text() for log in logs))
+    for log in logs:
+        assert "model.hf_path=" in log.read_text()
 
 
 def test_example_settings_are_valid(room: JobRoom) -> None:
