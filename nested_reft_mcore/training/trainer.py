@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule, head_on_last_stage
+from nested_reft_mcore.config.data import eval_sources
 from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.config.schema import Config
-from nested_reft_mcore.data.prompts import load_prompts
+from nested_reft_mcore.data.prompts import load_training_prompts
 from nested_reft_mcore.hf.config import check_exportable
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.exit_codes import ExitCode
@@ -77,7 +78,7 @@ def _train(run: Run, judge: Judge) -> int:
         return run.is_interrupted()
 
     evaluator = None
-    if config.data.eval_path is not None and config.evaluation.interval > 0:
+    if eval_sources(config.data) and config.evaluation.interval > 0:
         evaluator = Evaluator(
             config,
             run.tokenizer,
@@ -233,8 +234,7 @@ def _describe_passes(layer_passes: Counter[str]) -> str:
 def _experience_source(run: Run, judge: Judge) -> ExperienceSource:
     if run.config.rollout.replay is not None:
         return ReplayedExperience(run.config, run.policy)
-    assert run.config.data.train_path is not None, "checked before any process started"
-    prompts = load_prompts(run.config.data.train_path, run.config.data, run.tokenizer)
+    prompts = load_training_prompts(run.config.data, run.tokenizer)
     check_room(prompts.prompts, run.config.rollout.max_new_tokens, run.policy.architecture)
     return GeneratedExperience(
         run.config,
