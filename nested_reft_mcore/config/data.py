@@ -135,6 +135,7 @@ class DataConfig(Section):
     limit: int | None = Field(default=None, gt=0)
     """Read at most this many rows of each source."""
     selection: SelectionConfig = SelectionConfig()
+    """Which prompts a step takes from the stream; docs/data.md has the formulas."""
 
 
 def train_sources(data: DataConfig) -> tuple[DataSource, ...]:

@@ -13,9 +13,9 @@ from nested_reft_mcore.config.data import DataConfig, DataSource, train_sources
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.data.collation import lay_out
 from nested_reft_mcore.data.encoding import RowCounts, encoded_rows
-from nested_reft_mcore.data.prompts import Part
 from nested_reft_mcore.data.records import Record
 from nested_reft_mcore.data.rows import RowReader, as_source
+from nested_reft_mcore.data.stream import Part
 from nested_reft_mcore.data.tokenizers import Tokenizer
 
 

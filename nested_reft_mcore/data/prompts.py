@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,8 @@ from nested_reft_mcore.data.encoding import RowCounts, encoded_rows
 from nested_reft_mcore.data.prompt import Prompt
 from nested_reft_mcore.data.records import Record
 from nested_reft_mcore.data.rows import RowReader, as_source
+from nested_reft_mcore.data.stream import Part
 from nested_reft_mcore.data.tokenizers import Tokenizer
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A data set within a prompt set."""
-
-    name: str
-    size: int
-    """Prompts; they lie one after the other."""
-    weight: float | None = None
-    """Share of the stream relative to the others; None: by size."""
 
 
 @dataclass(frozen=True)

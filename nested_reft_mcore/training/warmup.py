@@ -42,7 +42,9 @@ def warm_up(config: Config, context: ParallelContext, stop: StopSignals) -> int:
         config, context, stop, command="sft", optimizer=sft.optimizer, num_steps=sft.num_steps
     )
     demonstrations = load_training_demonstrations(config.data, run.tokenizer)
-    stream = PromptStream(len(demonstrations), sft.global_batch_size, config.seed)
+    stream = PromptStream(
+        len(demonstrations), sft.global_batch_size, config.seed, parts=demonstrations.parts
+    )
     if run.state.step:
         stream.load_state_dict(run.state.data)
     return run.to_the_end(partial(_loop, run, demonstrations, stream))
