@@ -26,7 +26,8 @@ def sources(run_dir: Path, step: int) -> list[str]:
 
 def test_replicas_and_restarts_choose_the_same_prompts(tmp_path):
     write_room(tmp_path)
-    run(tmp_path, "sft", "config.yaml", "data.train_path=task/sft.jsonl", "run_dir=warm")
+    warm = ("data.train_path=task/sft.jsonl", "run_dir=warm", "checkpoint.interval=0")
+    run(tmp_path, "sft", "config.yaml", *warm, "sft.num_steps=40")
     train = ("train", "config.yaml", "--checkpoint", "warm/checkpoints", *QUICK)
     run(tmp_path, *train, "run_dir=whole", "train.num_steps=4")
     two = (*train, "run_dir=parts", "parallel.data_parallel_size=2")
