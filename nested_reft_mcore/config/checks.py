@@ -10,6 +10,7 @@ from nested_reft_mcore.config.controller import check_controller
 from nested_reft_mcore.config.corrections import read_correction, read_rejections
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.nested import check_nested, check_protected, num_skipped
+from nested_reft_mcore.config.rewards import check_reward, check_reward_files
 from nested_reft_mcore.config.schema import (
     Config,
     ModelConfig,
@@ -34,6 +35,7 @@ def check_config(config: Config) -> None:
         _check_optimizer(key, optimizer)
     check_nested(config)
     check_controller(config)
+    check_reward(config.reward)
     _check_sft(config)
     _check_objective(config)
     _check_steps(config)
@@ -101,6 +103,7 @@ def check_paths(config: Config) -> None:
     for key, path in paths.items():
         if path is not None and not Path(path).exists():
             raise UserError(f"{key}: {path} does not exist (taken from {Path.cwd()})")
+    check_reward_files(config.reward)
 
 
 def check_model(model: ModelConfig) -> None:

@@ -164,10 +164,10 @@ def _show(value: Any) -> str:
 
 
 def _section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, if it holds one."""
+    """The section that a field holds, alone or in a list, if it holds one."""
     annotation = field.annotation
-    union = get_origin(annotation) in (Union, types.UnionType)
-    for choice in get_args(annotation) if union else (annotation,):
+    several = get_origin(annotation) in (Union, types.UnionType, tuple)
+    for choice in get_args(annotation) if several else (annotation,):
         if isinstance(choice, type) and issubclass(choice, Section):
             return choice
     return None
@@ -178,6 +178,8 @@ def _field(root: type[Section], names: Sequence[str]) -> FieldInfo | None:
     section: type[Section] | None = root
     field: FieldInfo | None = None
     for name in names:
+        if name.isdigit():  # a place in a list of sections
+            continue
         if section is None or name not in section.model_fields:
             return field
         field = section.model_fields[name]
@@ -200,7 +202,7 @@ def all_fields(root: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
 def _suggest(root: type[Section], names: Sequence[str]) -> str:
     """The nearest known key: first in the same section, then the same name anywhere."""
     known = list(all_fields(root))
-    *parents, last = names
+    *parents, last = (name for name in names if not name.isdigit())
     prefix = "".join(f"{parent}." for parent in parents)
     siblings = [key.removeprefix(prefix) for key in known if key.startswith(prefix)]
     siblings = [name for name in siblings if "." not in name]
