@@ -7,6 +7,7 @@ import logging
 MAX_OUTPUT_BYTES = 64 << 10
 """So much of what all workers of a pool print reaches the log; the rest is read and dropped."""
 MAX_LINE_CHARACTERS = 500
+"""Longer lines are cut."""
 TAIL_BYTES = 300
 """So much of a worker's last words is quoted when it dies."""
 
@@ -50,8 +51,9 @@ class WorkerOutput:
         if len(self._line) > 4 * MAX_LINE_CHARACTERS:
             lines, self._line = [*lines, self._line], b""
         for line in lines:
-            if line.strip() and self._budget.take(len(line)):
-                _log.info("a reward says: %s", _printable(line)[:MAX_LINE_CHARACTERS])
+            text = _printable(line[:MAX_LINE_CHARACTERS])
+            if text.strip() and self._budget.take(len(text)):
+                _log.info("a reward says: %s", text)
 
     @property
     def last_words(self) -> str:
