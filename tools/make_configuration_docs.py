@@ -26,10 +26,11 @@ def render_options() -> str:
     """A table for every section, in the order of the schema."""
     top = {name: field for name, field in Config.model_fields.items() if not _section(field)}
     parts = ["### Top level", "", *_table(top), ""]
+    lists: dict[type[Section], str] = {}
     for name, field in Config.model_fields.items():
         section = _section(field)
         if section is not None:
-            parts += _render_section(name, section, field)
+            parts += _render_section(name, section, field, lists)
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -46,9 +47,20 @@ def page_with_options(page: str) -> str:
     return f"{before}{BEGIN}\n\n{render_options()}\n{END}{after}"
 
 
-def _render_section(name: str, section: type[Section], field: FieldInfo) -> list[str]:
-    """Heading, description and table of a section, then its inner sections."""
+def _render_section(
+    name: str, section: type[Section], field: FieldInfo, lists: dict[type[Section], str]
+) -> list[str]:
+    """Heading, description and table of a section, then its inner sections.
+
+    `lists` has the sections that stand in lists, with the heading where their options are told.
+    """
     about = " ".join((section.__doc__ or "").split())
+    if get_origin(field.annotation) is tuple:
+        about = f"A list. {about}"
+    if section in lists:
+        return [f"### {name}", "", f"{field.description} Options as those of {lists[section]}.", ""]
+    if get_origin(field.annotation) is tuple:
+        lists[section] = name
     if field.description and field.description != about:
         about = f"{field.description} {about}"
     plain = {key: inner for key, inner in section.model_fields.items() if not _section(inner)}
@@ -58,7 +70,7 @@ def _render_section(name: str, section: type[Section], field: FieldInfo) -> list
     for key, inner in section.model_fields.items():
         deeper = _section(inner)
         if deeper is not None:
-            parts += _render_section(f"{name}.{key}", deeper, inner)
+            parts += _render_section(f"{name}.{key}", deeper, inner, lists)
     return parts
 
 

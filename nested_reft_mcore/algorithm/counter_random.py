@@ -42,6 +42,10 @@ class Stream(IntEnum):
     """Times at which blocks of token ids arrive, keyed by the uniform number behind the token."""
     TOKEN_NOISE = 8
     """Times at which the tokens of a block arrive, keyed by the same number."""
+    MIXTURE = 9
+    """Which data set a place of the stream belongs to."""
+    SELECTION = 10
+    """Draws from what is believed of prompts."""
 
 
 def uniform(*key: int) -> float:

@@ -14,6 +14,7 @@ import typer
 from nested_reft_mcore.cli.atlas import atlas
 from nested_reft_mcore.cli.bench import bench_app
 from nested_reft_mcore.cli.checking import doctor, preflight
+from nested_reft_mcore.cli.data import data_app
 from nested_reft_mcore.cli.options import (
     Checkpoint,
     ConfigFile,
@@ -60,6 +61,7 @@ convert_app = typer.Typer(
 )
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
+app.add_typer(data_app, name="data")
 app.command()(atlas)
 app.command()(doctor)
 app.command()(preflight)
@@ -97,6 +99,7 @@ def describe(
     \b
     A run from start to end:
       nested-reft doctor                        is everything there?
+      nested-reft data check --config config.yaml   is the data as it should be?
       nested-reft preflight config.yaml         is every node fit?
       nested-reft plan config.yaml --nodes 2    does it fit?
       nested-reft sft config.yaml               supervised warm-up

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nested_reft_mcore.cli.runs import with_model
+from nested_reft_mcore.config.data import data_paths
 from nested_reft_mcore.config.layout import needed_processes
 from nested_reft_mcore.config.load import load_config
 from nested_reft_mcore.config.schema import Config
@@ -83,11 +84,7 @@ def _places(layout: Layout, ranks: range) -> Iterator[str]:
 
 def _missing(config: Config, weights: Sequence[str]) -> Iterator[str]:
     """What the run would refuse to start without, if it started here."""
-    paths = {
-        "data.train_path": config.data.train_path,
-        "data.eval_path": config.data.eval_path,
-        "data.tokenizer_path": config.data.tokenizer_path,
-    }
-    found = [f"{key}={path}" for key, path in paths.items() if path and not Path(path).exists()]
+    paths = data_paths(config.data)
+    found = [f"{key}={path}" for key, path in paths if not Path(path).exists()]
     for name in (*weights, *found):
         yield f"missing: {name} (taken from {Path.cwd()})"

@@ -10,6 +10,7 @@ from nested_reft_mcore.checkpoints.root import list_checkpoints
 from nested_reft_mcore.cli.entry import Job, run_job
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.checks import check_architecture, check_depth, check_paths
+from nested_reft_mcore.config.data import data_paths
 from nested_reft_mcore.config.load import load_config
 from nested_reft_mcore.config.schema import Config, ModelConfig
 from nested_reft_mcore.hf.config import model_architecture, model_source
@@ -53,7 +54,7 @@ def needs_of(config: Config, architecture: ModelArchitecture) -> Needs:
     own = run_dir / "checkpoints"
     named = [
         *(config.model.hf_path, config.model.checkpoint, config.nested.sensitivity_path),
-        *(config.data.train_path, config.data.eval_path, config.data.tokenizer_path),
+        *(path for _, path in data_paths(config.data)),
         config.rollout.replay,
         None if config.checkpoint.resume in ("auto", "never") else config.checkpoint.resume,
     ]

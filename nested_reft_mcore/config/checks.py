@@ -8,6 +8,7 @@ from typing import Any, cast
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.controller import check_controller
 from nested_reft_mcore.config.corrections import read_correction, read_rejections
+from nested_reft_mcore.config.data import check_data, data_paths, eval_sources, train_sources
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.nested import check_nested, check_protected, num_skipped
 from nested_reft_mcore.config.rewards import check_reward, check_reward_files
@@ -27,6 +28,7 @@ def check_config(config: Config) -> None:
         UserError: names the options, what they say and what would fit.
     """
     check_model(config.model)
+    check_data(config.data)
     _check_parallel(config.parallel)
     for key, optimizer in (
         ("optimizer", config.optimizer),
@@ -59,8 +61,10 @@ def check_for_training(config: Config) -> None:
                 f"ratio would be off by the kept mass. Leave rollout.{name} out; evaluation.{name} "
                 "and `generate` may truncate."
             )
-    if config.data.train_path is None and config.rollout.replay is None:
-        raise UserError("data.train_path is missing: `train` needs prompts (or rollout.replay)")
+    if not train_sources(config.data) and config.rollout.replay is None:
+        raise UserError(
+            "data.train_path is missing: `train` needs prompts (or data.train, or rollout.replay)"
+        )
     _check_micro_batch_tokens(config)
     replay = config.rollout.replay
     if replay is not None and Path(replay).exists():
@@ -73,7 +77,7 @@ def check_for_warm_up(config: Config) -> None:
     Raises:
         UserError: there are no demonstrations to learn from.
     """
-    if config.data.train_path is None:
+    if not train_sources(config.data):
         raise UserError("data.train_path is missing: `sft` needs demonstrations")
 
 
@@ -83,7 +87,7 @@ def check_for_evaluation(config: Config) -> None:
     Raises:
         UserError: there are no prompts to evaluate on.
     """
-    if config.data.eval_path is None:
+    if not eval_sources(config.data):
         raise UserError("data.eval_path is missing: `evaluate` needs held-out prompts")
 
 
@@ -94,9 +98,7 @@ def check_paths(config: Config) -> None:
         UserError: names the option, the path, and where relative paths start.
     """
     paths = {
-        "data.train_path": config.data.train_path,
-        "data.eval_path": config.data.eval_path,
-        "data.tokenizer_path": config.data.tokenizer_path,
+        **dict(data_paths(config.data)),
         "rollout.replay": config.rollout.replay,
         "nested.sensitivity_path": config.nested.sensitivity_path,
     }

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.base import Section
+from nested_reft_mcore.config.data import DataConfig
 from nested_reft_mcore.config.launch import LaunchConfig
 from nested_reft_mcore.config.rewards import RewardConfig
 
@@ -46,33 +47,6 @@ class ParallelConfig(Section):
     """Spread activations of the update over the tensor-parallel processes."""
     timeout_minutes: float = Field(default=30.0, gt=0)
     """A collective that waits longer ends the run."""
-
-
-class DataConfig(Section):
-    """Prompts with verifiable answers."""
-
-    train_path: str | None = None
-    """JSON lines to train on."""
-    eval_path: str | None = None
-    """JSON lines held out for evaluation."""
-    prompt_field: str = "prompt"
-    """Key of the question in a line."""
-    answer_field: str = "answer"
-    """Key of the expected answer in a line."""
-    demonstration_field: str = "demonstration"
-    """Key of the worked answer that `sft` learns from."""
-    tokenizer_path: str | None = None
-    """Hugging Face tokenizer directory or sentencepiece `.model` file; default: the model's own."""
-    template: Literal["none", "chat"] = "none"
-    """`chat` puts prompts through the tokenizer's chat template."""
-    system_prompt: str | None = None
-    """First message of a chat prompt."""
-    prompt_suffix: str = ""
-    """Text added to every question."""
-    max_prompt_length: int = Field(default=1024, gt=0)
-    """Prompts with more tokens are dropped and counted."""
-    limit: int | None = Field(default=None, gt=0)
-    """Read at most this many lines of each file."""
 
 
 class NestedConfig(Section):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.data.jsonl import Record, read_json_lines
-from nested_reft_mcore.data.prompts import token_id_list
+from nested_reft_mcore.data.jsonl import read_json_lines
+from nested_reft_mcore.data.records import Record
+from nested_reft_mcore.data.requests import token_id_list
 from nested_reft_mcore.data.tokenizers import Tokenizer
 
 ID_FIELDS = ("prompt_token_ids", "token_ids")

@@ -9,11 +9,13 @@ from pathlib import Path
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from nested_reft_mcore.config.data import DataConfig, DataSource, train_sources
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.config.schema import DataConfig
 from nested_reft_mcore.data.collation import lay_out
-from nested_reft_mcore.data.jsonl import read_json_lines
-from nested_reft_mcore.data.prompts import encode_question, require_some_left
+from nested_reft_mcore.data.encoding import RowCounts, encoded_rows
+from nested_reft_mcore.data.records import Record
+from nested_reft_mcore.data.rows import RowReader, as_source
+from nested_reft_mcore.data.stream import Part
 from nested_reft_mcore.data.tokenizers import Tokenizer
 
 
@@ -31,11 +33,13 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class DemonstrationSet:
-    """The demonstrations of one file, in its order."""
+    """The demonstrations of one data set or of several, in their order."""
 
     demonstrations: tuple[Demonstration, ...]
     num_dropped: int = 0
     """Those left out because the prompt was longer than `max_prompt_length`."""
+    parts: tuple[Part, ...] = ()
+    """The data sets that it is made of."""
 
     def __len__(self) -> int:
         return len(self.demonstrations)
@@ -59,7 +63,7 @@ class DemonstrationBatch:
 
 
 def load_demonstrations(
-    path: str | Path, config: DataConfig, tokenizer: Tokenizer
+    source: DataSource | str | Path, config: DataConfig, tokenizer: Tokenizer
 ) -> DemonstrationSet:
     """Read questions with worked answers; the questions exactly as `load_prompts` makes them.
 
@@ -67,23 +71,34 @@ def load_demonstrations(
     question's tokens too. UserError for anything wrong in the file, if no demonstration is left,
     and for a tokenizer without an end of sequence.
     """
+    source = as_source(source)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError(
-            f"{path}: the tokenizer has no end-of-sequence token; expected one, because a "
+            f"{source.place}: the tokenizer has no end-of-sequence token; expected one, because a "
             "demonstration without it never teaches the policy to stop"
         )
-    demonstrations: list[Demonstration] = []
-    dropped_lengths: list[int] = []
-    for record in read_json_lines(path, config.limit):
-        prompt_ids, _ = encode_question(record, config, tokenizer)
-        response = tokenizer.encode(record.text(config.demonstration_field))
-        if len(prompt_ids) > config.max_prompt_length:
-            dropped_lengths.append(len(prompt_ids))
-        else:
-            demonstrations.append(Demonstration(prompt_ids, (*response, eos), record.source))
-    require_some_left(path, len(demonstrations), dropped_lengths, config.max_prompt_length)
-    return DemonstrationSet(tuple(demonstrations), len(dropped_lengths))
+
+    def extract(reader: RowReader, record: Record) -> str:
+        return reader.demonstration(record)
+
+    counts = RowCounts()
+    demonstrations = tuple(
+        Demonstration(row.token_ids, (*tokenizer.encode(row.extracted), eos), row.record.source)
+        for row in encoded_rows(source, config, tokenizer, extract, counts)
+    )
+    parts = (Part(source.label, len(demonstrations), source.weight),)
+    return DemonstrationSet(demonstrations, counts.dropped, parts)
+
+
+def load_training_demonstrations(config: DataConfig, tokenizer: Tokenizer) -> DemonstrationSet:
+    """All that `config` trains on, one data set after the other. UserError as for one of them."""
+    sets = [load_demonstrations(source, config, tokenizer) for source in train_sources(config)]
+    return DemonstrationSet(
+        sum((one.demonstrations for one in sets), ()),
+        sum(one.num_dropped for one in sets),
+        sum((one.parts for one in sets), ()),
+    )
 
 
 def collate(

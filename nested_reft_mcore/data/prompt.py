@@ -17,3 +17,9 @@ class Prompt:
     """Where it came from, as `file:line`."""
     max_new_tokens: int | None = None
     """Longest response to this prompt, where it is shorter than everybody's."""
+    dataset: str = ""
+    """Name of the data set, for figures of each."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """`(name, value)` pairs that evaluation breaks its figures down by: level, subject."""
+    question: str = ""
+    """The question alone: no template, suffix or examples."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.data.chat_template import Message, render_pieces
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -19,9 +21,6 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 """What a sentencepiece model is called in a saved directory."""
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 """A directory with one of these is read by transformers."""
-
-Message = Mapping[str, str]
-"""One turn of a chat: `role` and `content`."""
 
 
 class Tokenizer(Protocol):
@@ -43,6 +42,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def bos_token_id(self) -> int | None:
+        """The id that begins a text, for models that were trained so; absent if there is none."""
+        ...
+
+    @property
     def pad_token_id(self) -> int:
         """Filler of masked positions; an end of sequence, or 0, where there is no padding token."""
         ...
@@ -59,8 +63,15 @@ class Tokenizer(Protocol):
         """Id of the token that is spelled exactly so in the vocabulary, or None."""
         ...
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat, up to where the assistant speaks. UserError without a template."""
+    def apply_chat_template(
+        self, messages: Sequence[Message], template: str | None = None
+    ) -> list[int]:
+        """Token ids of a chat, up to where the assistant speaks.
+
+        `template` is Jinja text; left out, it is the tokenizer's own. Special tokens are those that
+        the template writes, not those that a message spells. UserError without a template, and
+        where it refuses the messages.
+        """
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -96,6 +107,11 @@ class HuggingFaceTokenizer:
         return self._eos_token_ids
 
     @property
+    def bos_token_id(self) -> int | None:
+        """The tokenizer's own beginning of sequence."""
+        return self._tokenizer.bos_token_id
+
+    @property
     def pad_token_id(self) -> int:
         """Filler of masked positions."""
         return _first_id(self._tokenizer.pad_token_id, self.eos_token_id)
@@ -117,16 +133,19 @@ class HuggingFaceTokenizer:
         """Id of the token that is spelled exactly so in the vocabulary, or None."""
         return self._vocabulary.get(token)
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat, up to where the assistant speaks. UserError without a template."""
-        if self._tokenizer.chat_template is None:
+    def apply_chat_template(
+        self, messages: Sequence[Message], template: str | None = None
+    ) -> list[int]:
+        """Token ids of a chat, up to where the assistant speaks; see `Tokenizer`."""
+        if template is None and self._tokenizer.chat_template is None:
             raise UserError(
                 f"{self._directory}: the tokenizer has no chat template; expected `chat_template` "
-                "in tokenizer_config.json, or data.template: none"
+                "in tokenizer_config.json, data.template_path, or data.template: none"
             )
         try:
             encoded = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                chat_template=template,
                 tokenize=True,
                 add_generation_prompt=True,
                 return_dict=False,
@@ -180,6 +199,12 @@ class SentencePieceTokenizer:
         return frozenset() if self.eos_token_id is None else frozenset({self.eos_token_id})
 
     @property
+    def bos_token_id(self) -> int | None:
+        """The model's beginning of sequence, if it was trained with one."""
+        bos = self._processor.bos_id()
+        return bos if bos >= 0 else None
+
+    @property
     def pad_token_id(self) -> int:
         """Filler of masked positions."""
         pad = self._processor.pad_id()
@@ -205,12 +230,51 @@ class SentencePieceTokenizer:
         found = self._processor.PieceToId(token)
         return found if self._processor.IdToPiece(found) == token else None
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        """A sentencepiece model carries no template: always a UserError."""
-        raise UserError(
-            f"{self._path}: a sentencepiece model has no chat template; expected a Hugging Face "
-            "tokenizer directory, or data.template: none"
-        )
+    def apply_chat_template(
+        self, messages: Sequence[Message], template: str | None = None
+    ) -> list[int]:
+        """Token ids of a chat, up to where the assistant speaks; see `Tokenizer`.
+
+        A sentencepiece model carries no template of its own.
+        """
+        if template is None:
+            raise UserError(
+                f"{self._path}: a sentencepiece model has no chat template; expected "
+                "data.template_path, a Hugging Face tokenizer directory, or data.template: none"
+            )
+        variables = {
+            name: self._processor.IdToPiece(token)
+            for name, token in (("bos_token", self.bos_token_id), ("eos_token", self.eos_token_id))
+            if token is not None
+        }
+        pieces = render_pieces(template, messages, list(self._control_ids), **variables)
+        ids = self.encode(pieces[0]) if pieces[0] else []
+        for special, text in zip(pieces[1::2], pieces[2::2], strict=True):
+            ids.append(self._control_ids[special])
+            if text:
+                ids += self._inner.EncodeAsIds(text)
+        return ids
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        """The special tokens by their spelling."""
+        return {
+            self._processor.IdToPiece(token): token
+            for token in range(self.vocab_size)
+            if self._processor.IsControl(token)
+        }
+
+    @cached_property
+    def _inner(self) -> SentencePieceProcessor:
+        """For text behind a special token: there a model puts no space before the first word."""
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        # The stub does not know what protobuf makes at run time.
+        model: Any = vars(sentencepiece_model_pb2)["ModelProto"].FromString(self._model)
+        model.normalizer_spec.add_dummy_prefix = False
+        inner = SentencePieceProcessor()
+        inner.LoadFromSerializedProto(model.SerializeToString())
+        return inner
 
     def save(self, directory: str | Path) -> None:
         """Write the model as `tokenizer.model`."""

@@ -56,6 +56,8 @@ REQUIREMENTS = (
     Requirement("rich", "rich", "", "progress and tables"),
     Requirement("tensorboard", "tensorboard", "", "logs"),
     Requirement("math-verify", "math_verify", "", "the math_verify reward"),
+    Requirement("pyarrow", "pyarrow", "", "parquet files"),
+    Requirement("jinja2", "jinja2", "", "chat templates"),
     Requirement("matplotlib", "matplotlib", "", "plots of atlas and probe"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nested_reft_mcore.config.data import eval_sources
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.planning.activations import UpdateMemory, update_memory
 from nested_reft_mcore.planning.generation_memory import CacheMemory, cache_memory
@@ -83,7 +84,7 @@ def rank_memory(
     workload = workload_of(config, layout, kernels)
     static = static_memory(config, layout, stage)
     free = max(0, room - static.total)
-    evaluates = config.data.eval_path is not None and config.evaluation.interval > 0
+    evaluates = bool(eval_sources(config.data)) and config.evaluation.interval > 0
     return RankMemory(
         stage,
         static,

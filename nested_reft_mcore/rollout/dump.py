@@ -104,6 +104,8 @@ def _to_json(step: int, rollout: Rollout, reward: float, plan: LayerSkipPlan) ->
         "finish_reason": rollout.finish_reason,
         "plan": plan.to_dict(),
         "source": rollout.prompt.source,
+        "dataset": rollout.prompt.dataset,
+        "labels": dict(rollout.prompt.labels),
         "prompt_token_ids": rollout.prompt.token_ids,
         "token_ids": rollout.token_ids,
         "behavior_logprobs": [_shortest_float32(value) for value in rollout.behavior_logprobs],
@@ -132,6 +134,9 @@ def _from_json(line: dict[str, Any]) -> _Record:
         text=line["prompt"],
         answer=line["answer"],
         source=line["source"],
+        # Dumps of earlier versions lack these.
+        dataset=line.get("dataset", ""),
+        labels=tuple(line.get("labels", {}).items()),
     )
     rollout = Rollout(
         prompt=prompt,

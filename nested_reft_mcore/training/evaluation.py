@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nested_reft_mcore.config.schema import Config, EvaluationConfig
-from nested_reft_mcore.data.prompts import PromptSet, load_prompts
+from nested_reft_mcore.data.prompts import PromptSet, load_evaluation_prompts
 from nested_reft_mcore.data.stream import shard_range
 from nested_reft_mcore.data.tokenizers import Tokenizer
 from nested_reft_mcore.mcore.decode import PolicyDecoder
@@ -60,13 +60,12 @@ class Evaluator:
         self._interrupted = interrupted
         self._check = check
         self._writing = writing
-        assert config.data.eval_path is not None, "evaluation needs data.eval_path"
         self._tokenizer = tokenizer
         self._policy = policy
         self._decoder = PolicyDecoder(policy)
         self._judge = judge
         self._engine = build_engine(config.rollout)
-        prompts = load_prompts(config.data.eval_path, config.data, tokenizer)
+        prompts = load_evaluation_prompts(config.data, tokenizer)
         self.prompts = PromptSet(prompts.prompts[: config.evaluation.num_prompts])
         check_room(self.prompts.prompts, config.rollout.max_new_tokens, policy.architecture)
         self._modes = _modes(config, stop_token_ids(tokenizer, config.rollout.stop_tokens))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float32
@@ -16,6 +16,7 @@ from torch import Tensor
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.data.prompts import PromptSet
+from nested_reft_mcore.data.selection import build_selector
 from nested_reft_mcore.data.stream import PromptStream, shard_range
 from nested_reft_mcore.data.tokenizers import Tokenizer
 from nested_reft_mcore.launch.faults import fault_point
@@ -27,6 +28,7 @@ from nested_reft_mcore.rollout.generation import GenerationInterrupted
 from nested_reft_mcore.rollout.types import RolloutBatch
 from nested_reft_mcore.training.dynamic_sampling import equal_groups, sample_dynamically
 from nested_reft_mcore.training.judge import Judge
+from nested_reft_mcore.training.replicas import gather_from_replicas
 from nested_reft_mcore.training.sampling import build_engine, training_sampling
 
 
@@ -56,11 +58,11 @@ class ExperienceSource(Protocol):
         """The step's; every process calls it."""
         ...
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on here."""
         ...
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         ...
 
@@ -78,8 +80,11 @@ class GeneratedExperience:
         *,
         interrupted: Callable[[], bool],
         check: Callable[[], None],
+        data_metrics: Mapping[str, float],
     ) -> None:
-        """`interrupted` is asked while a replica generates, by all of its processes together.
+        """`data_metrics` are figures of the prompts, for every step's record.
+
+        `interrupted` is asked while a replica generates, by all of its processes together.
 
         `check` is called by every process after each generation, and after its judgement; it raises
         where the run stops.
@@ -95,18 +100,29 @@ class GeneratedExperience:
         self._engine = build_engine(config.rollout)
         longest = max(len(prompt.token_ids) for prompt in prompts.prompts)
         self._engine.check_room(self._decoder, policy.plan, longest + config.rollout.max_new_tokens)
-        self._stream = PromptStream(len(prompts), config.rollout.prompts_per_step, config.seed)
+        self._data_metrics = dict(data_metrics)
+        stream = PromptStream(
+            len(prompts),
+            config.rollout.prompts_per_step,
+            config.seed,
+            parts=prompts.parts,
+            fingerprint=prompts.fingerprint(),
+        )
+        self._selector = build_selector(config.data.selection, stream)
 
     def collect(self, step: int, plan: LayerSkipPlan, timers: Timers) -> Experience:
         """Generate and judge, again where `algorithm.filter_groups` wants other groups."""
         algorithm = self._config.algorithm
         generate = partial(self._generate, step, plan, timers)
-        if not algorithm.filter_groups:
-            return Experience(*generate(0))
-        num_prompts = self._config.rollout.prompts_per_step
-        context = self._policy.context
+        if algorithm.filter_groups:
+            num_prompts = self._config.rollout.prompts_per_step
+            rollouts, scores, metrics = sample_dynamically(
+                generate, num_prompts, algorithm.max_refills, self._policy.context
+            )
+        else:
+            (rollouts, scores), metrics = generate(0), {}
         return Experience(
-            *sample_dynamically(generate, num_prompts, algorithm.max_refills, context)
+            rollouts, scores, {**metrics, **self._data_metrics, **self._selector.metrics()}
         )
 
     def _generate(
@@ -117,7 +133,8 @@ class GeneratedExperience:
         Prompts of later refills have later places in the step, so nothing is drawn twice.
         """
         data = self._policy.context.data
-        batch = [self._prompts[index] for index in self._stream.next()]
+        indices = self._selector.next()
+        batch = [self._prompts[index] for index in indices]
         share = shard_range(len(batch), data.rank, data.size)
 
         def interrupted() -> bool:
@@ -147,15 +164,20 @@ class GeneratedExperience:
             rewards = self._judge(rollouts)
         # Nobody learns from rewards that a dead pool has not given.
         self._check()
+        if self._selector.learns:
+            group_size = rollouts.group_size
+            means = rewards.view(-1, group_size).mean(dim=1).tolist()
+            everywhere = gather_from_replicas(means, self._policy.context)
+            self._selector.observe(indices, [m for part in everywhere for m in part], group_size)
         return rollouts, rewards
 
-    def state_dict(self) -> dict[str, int]:
-        """Position in the prompt stream."""
-        return self._stream.state_dict()
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the prompt stream, and what is known of prompts."""
+        return self._selector.state_dict()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there. UserError if it is of another data set or seed."""
-        self._stream.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there. UserError if it is of another data set, mixture or seed."""
+        self._selector.load_state_dict(state)
 
 
 class ReplayedExperience:
@@ -174,9 +196,9 @@ class ReplayedExperience:
             rollouts, rewards = load_rollouts(self._directory, step, share)
         return Experience(rollouts, torch.tensor(rewards, dtype=torch.float32))
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Nothing: the step says which files to read."""
         return {}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to go back to."""

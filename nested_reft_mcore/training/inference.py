@@ -22,7 +22,7 @@ from nested_reft_mcore.config.schema import ModelConfig
 from nested_reft_mcore.data.completions import GivenCompletion, read_completions
 from nested_reft_mcore.data.jsonl import read_json_lines
 from nested_reft_mcore.data.jsonl_writer import check_output_file
-from nested_reft_mcore.data.prompts import read_requests
+from nested_reft_mcore.data.requests import read_requests
 from nested_reft_mcore.data.tokenizers import Tokenizer
 from nested_reft_mcore.hf.config import model_architecture
 from nested_reft_mcore.launch.context import ParallelContext

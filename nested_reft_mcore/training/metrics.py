@@ -55,12 +55,25 @@ def rollout_metrics(
     metrics["critic/solve_none"], metrics["critic/solve_all"] = _equal_groups(
         columns["scores"], rollouts.group_size
     )
-    return metrics
+    return metrics | _by_dataset(columns["dataset"], columns["scores"])
+
+
+def _by_dataset(names: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
+    """Mean scores of each data set, where there are several."""
+    distinct = sorted(set(names))
+    if len(distinct) < 2:
+        return {}
+    pairs = list(zip(names, scores, strict=True))
+    return {
+        f"critic/score/mean/{name}": _mean([score for of, score in pairs if of == name])
+        for name in distinct
+    }
 
 
 def _columns(rollouts: RolloutBatch, scores: Tensor, rewards: Tensor) -> dict[str, list[Any]]:
     return {
         "scores": scores.tolist(),
+        "dataset": [rollout.prompt.dataset for rollout in rollouts.rollouts],
         "rewards": rewards.tolist(),
         "response_length": [len(rollout.token_ids) for rollout in rollouts.rollouts],
         "prompt_length": [len(rollout.prompt.token_ids) for rollout in rollouts.rollouts],

@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule, head_on_last_stage
+from nested_reft_mcore.config.data import eval_sources
 from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.config.schema import Config
-from nested_reft_mcore.data.prompts import load_prompts
+from nested_reft_mcore.data.overlap import report_overlap
+from nested_reft_mcore.data.prompts import load_training_prompts
 from nested_reft_mcore.hf.config import check_exportable
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.exit_codes import ExitCode
@@ -68,16 +70,13 @@ def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
 def _train(run: Run, judge: Judge) -> int:
     """Set up what the loop needs, run it, and export if that is asked for."""
     config = run.config
-    experience = _experience_source(run, judge)
-    if run.state.step:
-        experience.load_state_dict(run.state.data)
 
     def is_evaluation_interrupted() -> bool:
         fault_point("mid-evaluation", run.state.step, run.context.rank)
         return run.is_interrupted()
 
     evaluator = None
-    if config.data.eval_path is not None and config.evaluation.interval > 0:
+    if eval_sources(config.data) and config.evaluation.interval > 0:
         evaluator = Evaluator(
             config,
             run.tokenizer,
@@ -87,6 +86,9 @@ def _train(run: Run, judge: Judge) -> int:
             check=run.check,
             writing=run.writing,
         )
+    experience = _experience_source(run, judge, evaluator)
+    if run.state.step:
+        experience.load_state_dict(run.state.data)
     if run.is_fresh and evaluator is not None and config.evaluation.before_training:
         run.state.owed = {}
     _loop(run, experience, evaluator, judge)
@@ -230,12 +232,13 @@ def _describe_passes(layer_passes: Counter[str]) -> str:
     )
 
 
-def _experience_source(run: Run, judge: Judge) -> ExperienceSource:
+def _experience_source(run: Run, judge: Judge, evaluator: Evaluator | None) -> ExperienceSource:
     if run.config.rollout.replay is not None:
         return ReplayedExperience(run.config, run.policy)
-    assert run.config.data.train_path is not None, "checked before any process started"
-    prompts = load_prompts(run.config.data.train_path, run.config.data, run.tokenizer)
+    prompts = load_training_prompts(run.config.data, run.tokenizer)
     check_room(prompts.prompts, run.config.rollout.max_new_tokens, run.policy.architecture)
+    held_out = () if evaluator is None else evaluator.prompts.prompts
+    overlap = report_overlap(prompts.prompts, held_out)
     return GeneratedExperience(
         run.config,
         run.policy,
@@ -244,4 +247,5 @@ def _experience_source(run: Run, judge: Judge) -> ExperienceSource:
         judge,
         interrupted=run.is_interrupted,
         check=run.check,
+        data_metrics=prompts.metrics() | overlap,
     )

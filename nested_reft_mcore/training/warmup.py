@@ -14,7 +14,7 @@ from nested_reft_mcore.data.demonstrations import (
     Demonstration,
     DemonstrationSet,
     collate,
-    load_demonstrations,
+    load_training_demonstrations,
 )
 from nested_reft_mcore.data.stream import PromptStream, shard_range
 from nested_reft_mcore.launch.context import ParallelContext
@@ -37,13 +37,14 @@ def warm_up(config: Config, context: ParallelContext, stop: StopSignals) -> int:
         UserError: something that the config names is missing or broken.
         RuntimeError: too many updates in a row were not finite.
     """
-    assert config.data.train_path is not None, "checked before any process started"
     sft = config.sft
     run = Run(
         config, context, stop, command="sft", optimizer=sft.optimizer, num_steps=sft.num_steps
     )
-    demonstrations = load_demonstrations(config.data.train_path, config.data, run.tokenizer)
-    stream = PromptStream(len(demonstrations), sft.global_batch_size, config.seed)
+    demonstrations = load_training_demonstrations(config.data, run.tokenizer)
+    stream = PromptStream(
+        len(demonstrations), sft.global_batch_size, config.seed, parts=demonstrations.parts
+    )
     if run.state.step:
         stream.load_state_dict(run.state.data)
     return run.to_the_end(partial(_loop, run, demonstrations, stream))

@@ -8,7 +8,8 @@ import pytest
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import DataConfig
-from nested_reft_mcore.data.prompts import load_prompts, read_requests
+from nested_reft_mcore.data.prompts import load_prompts
+from nested_reft_mcore.data.requests import read_requests
 from nested_reft_mcore.data.tokenizers import Message
 
 
@@ -127,7 +128,7 @@ def test_byte_order_mark_and_windows_line_ends(file):
         ),
         ('{"prompt": "a", "answer": null}', r":2: no field 'answer'"),
         ('{"prompt": 5, "answer": 1}', r":2: field 'prompt' is 5; expected a string"),
-        ('{"prompt": "", "answer": 1}', r":2: field 'prompt' is ''; expected text"),
+        ('{"prompt": "", "answer": 1}', r":2: the prompt is '' and has no tokens"),
         ('{"prompt": "\\ud800", "answer": 1}', r":2: field 'prompt'.*lone surrogates"),
         ('{"prompt": "a", "answer": [1]}', r":2: field 'answer' is \[1\]; expected a number or a"),
         ('{"prompt": "a", "answer": true}', r":2: field 'answer' is True; expected a number or a"),
