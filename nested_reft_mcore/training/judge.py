@@ -198,4 +198,7 @@ def _item(rollout: Rollout) -> RewardItem:
         group=rollout.prompt_index,
         num_tokens=len(rollout.token_ids),
         is_truncated=rollout.finish_reason == "length",
+        dataset=prompt.dataset,
+        question=prompt.question,
+        labels=dict(prompt.labels),
     )
