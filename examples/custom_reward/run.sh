@@ -24,5 +24,7 @@ task=(data.tokenizer_path="$out/task/tokenizer.model" data.eval_path="$out/task/
 "$python" - "$out/train/metrics.jsonl" <<'PYTHON'
 import json, sys
 for line in map(json.loads, open(sys.argv[1])):
-    print(line["step"], {k: round(v, 3) for k, v in line.items() if k.startswith("reward/")})
+    rewards = {key: round(value, 3) for key, value in line.items() if key.startswith("reward/")}
+    if rewards:  # evaluations have lines of their own
+        print(line["step"], rewards)
 PYTHON
