@@ -18,7 +18,7 @@ from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.generation import GenerationInterrupted
 from nested_reft_mcore.rollout.types import RolloutBatch, SamplingParams
-from nested_reft_mcore.training.judge import Judge
+from nested_reft_mcore.training.judge import Judge, values_of
 from nested_reft_mcore.training.policy_setup import check_room
 from nested_reft_mcore.training.replicas import gather_from_replicas, is_replica_writer
 from nested_reft_mcore.training.sampling import build_engine, stop_token_ids
@@ -96,7 +96,7 @@ class Evaluator:
                 )
             self._check()
             assert rollouts is not None, "generation is interrupted by requests to stop only"
-            rewards = self._judge(rollouts)
+            rewards = values_of(self._judge.results(rollouts))
             metrics |= self._metrics(mode, rollouts, rewards)
             lines += _lines(mode.name, rollouts, rewards)
         self._check()
