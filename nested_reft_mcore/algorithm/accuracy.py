@@ -111,10 +111,9 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     """
     _require_some(values)
     column = torch.tensor(values, dtype=torch.float64)
-    low, high = torch.quantile(
-        _resampled_means(column), torch.tensor([0.025, 0.975], dtype=torch.float64)
-    ).tolist()
-    return low, high
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.quantile(_resampled_means(column), ends)
+    return float(low), float(high)
 
 
 def _resampled_means(values: Float64[Tensor, " n"]) -> Float64[Tensor, " resamples"]:

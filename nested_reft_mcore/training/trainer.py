@@ -166,7 +166,8 @@ def _conclude(
     evaluation: dict[str, float] = {}
     if evaluator is not None and (step == 0 or run.is_due(config.evaluation.interval)):
         with run.timers("testing"):
-            evaluation = evaluator(run.directory / "evaluation" / f"step_{step:06d}.jsonl")
+            path = run.directory / "evaluation" / f"step_{step:06d}.jsonl"
+            evaluation = evaluator(path).metrics
     run.state.owed = None
     if step == 0:
         run.log(metrics | evaluation)
