@@ -70,7 +70,7 @@ def evaluate(
 
     Without --checkpoint and --hf it is the configuration's model, or what its run has saved last if
     that model starts from fresh weights. Without CONFIG rewards are by math_verify, and results go
-    to runs/evaluate/<model>; any option of docs/configuration.md may follow as SECTION.FIELD=VALUE.
+    to runs/<model>/evaluate; any option of docs/configuration.md may follow as SECTION.FIELD=VALUE.
 
     \b
     Examples:
@@ -122,7 +122,7 @@ def without_config(hf: str | None, checkpoint: str | None) -> list[str]:
         )
     path = Path(model)
     named = path.parent if path.name == "checkpoints" else path
-    run_dir = Path("runs/evaluate") / (named.name or "model")
+    run_dir = Path("runs") / (named.name or "model")
     return [f"run_dir={json.dumps(str(run_dir))}", "reward.name=math_verify"]
 
 
