@@ -119,6 +119,8 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(choice) for choice in arguments)
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping"
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}
     return names.get(annotation, "null" if annotation is type(None) else str(annotation))
 

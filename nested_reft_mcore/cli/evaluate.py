@@ -94,6 +94,8 @@ def evaluate(
             "data.template": template,
         }
         before = [] if path is not None else without_config(hf, checkpoint)
+        if any(option.startswith("reward") for option in given):
+            before = [option for option in before if not option.startswith("reward")]
         options = [
             *before,
             *given,

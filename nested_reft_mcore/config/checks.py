@@ -11,6 +11,7 @@ from nested_reft_mcore.config.corrections import read_correction, read_rejection
 from nested_reft_mcore.config.data import check_data, data_paths, eval_sources, train_sources
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.nested import check_nested, check_protected, num_skipped
+from nested_reft_mcore.config.rewards import check_reward, check_reward_files
 from nested_reft_mcore.config.schema import (
     Config,
     ModelConfig,
@@ -36,6 +37,7 @@ def check_config(config: Config) -> None:
         _check_optimizer(key, optimizer)
     check_nested(config)
     check_controller(config)
+    check_reward(config.reward)
     _check_sft(config)
     _check_objective(config)
     _check_steps(config)
@@ -103,6 +105,7 @@ def check_paths(config: Config) -> None:
     for key, path in paths.items():
         if path is not None and not Path(path).exists():
             raise UserError(f"{key}: {path} does not exist (taken from {Path.cwd()})")
+    check_reward_files(config.reward)
 
 
 def check_model(model: ModelConfig) -> None:

@@ -8,6 +8,7 @@ from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.base import Section
 from nested_reft_mcore.config.data import DataConfig
 from nested_reft_mcore.config.launch import LaunchConfig
+from nested_reft_mcore.config.rewards import RewardConfig
 
 
 class ModelConfig(Section):
@@ -125,23 +126,6 @@ class RolloutConfig(Section):
     """Tokens of one pass of a slot group; longer prompts run in pieces."""
     replay: str | None = None
     """Run directory whose dumped rollouts are used instead of generating."""
-
-
-class RewardConfig(Section):
-    """The verifiable reward."""
-
-    name: Literal["numeric_match", "math_verify"] = "numeric_match"
-    """Which reward."""
-    num_workers: int = Field(default=1, gt=0)
-    """Worker processes."""
-    deadline_seconds: float = Field(default=10.0, gt=0)
-    """A completion that takes longer to judge gets reward 0 and is counted."""
-    overlong_buffer_len: int = Field(default=0, ge=0)
-    """Soft overlong punishment over the last so many tokens (arXiv 2503.14476); 0 turns it off."""
-    overlong_penalty_factor: float = Field(default=1.0, ge=0)
-    """What a completion of full length loses by it."""
-    length_penalty: float = Field(default=0.0, ge=0)
-    """A completion of n tokens loses this times n / `rollout.max_new_tokens`."""
 
 
 class AlgorithmConfig(Section):

@@ -7,11 +7,16 @@ import struct
 from typing import Any, BinaryIO
 
 _LENGTH = struct.Struct(">I")
+MAX_ANSWER_BYTES = 1 << 24
+"""Longest answer of a worker: numbers for half a million completions."""
 
 
 def encode(message: Any) -> bytes:
-    """A message as bytes. ASCII, so that a lone surrogate in a completion survives the trip."""
-    body = json.dumps(message, ensure_ascii=True).encode("ascii")
+    """A message as bytes. ASCII, so that a lone surrogate in a completion survives the trip.
+
+    What JSON has no form for, a date in the data for instance, becomes text.
+    """
+    body = json.dumps(message, ensure_ascii=True, default=str).encode("ascii")
     return _LENGTH.pack(len(body)) + body
 
 
@@ -26,7 +31,7 @@ def read(file: BinaryIO) -> Any:
 
 
 class MessageBuffer:
-    """Bytes as they come from a pipe, taken out as whole messages."""
+    """Bytes as they come from a worker's pipe, taken out as whole messages."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
@@ -36,10 +41,15 @@ class MessageBuffer:
         self._bytes += data
 
     def take(self) -> Any:
-        """The oldest whole message, or None if there is none yet."""
+        """The oldest whole message, or None if there is none yet.
+
+        ValueError if what lies in the pipe is no message of a worker: the reward wrote to it.
+        """
         if len(self._bytes) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._bytes)
+        if length > MAX_ANSWER_BYTES:
+            raise ValueError(f"a message of {length} bytes")
         end = _LENGTH.size + length
         if len(self._bytes) < end:
             return None

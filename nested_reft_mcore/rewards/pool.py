@@ -1,8 +1,8 @@
-"""Judge completions in worker processes, each item within a deadline.
+"""Judge completions in worker processes, each call within a deadline.
 
-A reward that hangs, crashes or raises costs the item it was judging: value 0, counted. The worker
-is replaced and the rest of the batch goes on. Workers end with the pool, also if it is killed: they
-see their standard input close, at the latest after the deadline of the item in hand.
+A reward that hangs, crashes or raises costs what it was judging: value 0, counted. The worker is
+replaced and the rest of the batch goes on. Workers end with the pool, also if it is killed, and
+with them whatever a reward has started.
 """
 
 from __future__ import annotations
@@ -11,30 +11,50 @@ import contextlib
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.rewards.base import RewardItem, RewardResult
+from nested_reft_mcore.config.rewards import RewardFunctionConfig
+from nested_reft_mcore.rewards.base import RewardItem, RewardResult, Scope
+from nested_reft_mcore.rewards.calls import Chunk, plan_chunks
+from nested_reft_mcore.rewards.worker_output import OutputBudget
 from nested_reft_mcore.rewards.worker_process import WorkerLost, WorkerProcess
 
-CHUNKS_PER_WORKER = 4
-"""A batch is cut so that workers which finish early can take more."""
-MAX_CHUNK = 256
-"""Most items in one message."""
 MAX_START_FAILURES = 3
 """So many workers in a row that die before they are ready end the run."""
+DEFAULT_MEMORY_BYTES = 4 * 10**9
 
 
 class RewardPool:
-    """`num_workers` processes that judge with one reward. A context manager."""
+    """`num_workers` processes that judge by a weighted sum of rewards. A context manager."""
 
-    def __init__(self, name: str, num_workers: int = 1, deadline_seconds: float = 10.0) -> None:
-        """Start the workers; `score` waits for them. `name` as `registry.load_reward` takes it."""
-        if num_workers < 1 or deadline_seconds <= 0:
-            raise ValueError(f"{num_workers} workers, {deadline_seconds} s: both must be positive")
-        self._name = name
+    def __init__(
+        self,
+        functions: str | Sequence[RewardFunctionConfig],
+        num_workers: int = 1,
+        deadline_seconds: float = 10.0,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    ) -> None:
+        """Start the workers; `score` waits for them. A text is the name of the only reward."""
+        if num_workers < 1 or deadline_seconds <= 0 or not functions:
+            raise ValueError(
+                f"{num_workers} workers, {deadline_seconds} s, {len(functions)} functions: all "
+                "must be positive"
+            )
+        if isinstance(functions, str):
+            functions = (RewardFunctionConfig(name=functions),)
+        self._functions = tuple(functions)
         self._deadline_seconds = deadline_seconds
-        self._workers = [self._start() for _ in range(num_workers)]
+        self._memory_bytes = memory_bytes
+        self._budget = OutputBudget()
+        self._workers: list[WorkerProcess] = []
+        try:
+            for _ in range(num_workers):
+                self._workers.append(self._start())
+        except BaseException:
+            self.close()
+            raise
         self.timeouts = 0
         """Items so far that took longer than the deadline."""
         self.errors = 0
@@ -62,60 +82,77 @@ class RewardPool:
             worker.close()
         self._workers = []
 
-    def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
-        """Results in the order of `items`. UserError if the reward cannot be imported."""
+    def scopes(self) -> tuple[Scope, ...]:
+        """What one call of each function judges; waits for a worker to import them.
+
+        Raises:
+            UserError: a function cannot be imported, or no worker starts.
+        """
         if not self._workers:
             raise RuntimeError("the reward pool is closed")
-        size = -(-len(items) // (len(self._workers) * CHUNKS_PER_WORKER)) or 1
-        size = min(size, MAX_CHUNK)
-        chunks: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for start in range(0, len(items), size):
-            chunks.put(start)
-        results: dict[int, list[RewardResult]] = {}
+        scopes = self._ready_worker(0).scopes
+        assert scopes is not None, "a ready worker has said them"
+        return scopes
+
+    def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        """Results in the order of `items`. UserError if a reward cannot be imported."""
+        chunks = plan_chunks(items, self.scopes(), len(self._workers))
+        board = _Board(self._functions, len(items))
+        waiting: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        for chunk in chunks:
+            waiting.put(chunk)
 
         def work(slot: int) -> None:
             with contextlib.suppress(queue.Empty):
                 while True:
-                    start = chunks.get_nowait()
-                    results[start] = self._judge(slot, items[start : start + size])
+                    self._judge(slot, items, waiting.get_nowait(), board)
 
         if len(self._workers) == 1:
             work(0)
         else:
             with ThreadPoolExecutor(len(self._workers)) as threads:
                 list(threads.map(work, range(len(self._workers))))
-        judged = [result for start in sorted(results) for result in results[start]]
+        judged = board.results()
         self.timeouts += sum(result.timed_out for result in judged)
         self.errors += sum(result.error is not None and not result.timed_out for result in judged)
         return judged
 
     def _start(self) -> WorkerProcess:
         """A new worker."""
-        return WorkerProcess(self._name, self._deadline_seconds)
+        return WorkerProcess(
+            self._functions, self._deadline_seconds, self._memory_bytes, self._budget
+        )
 
     def _replace(self, slot: int) -> None:
         """End the worker in a slot and start another."""
         self._workers[slot].close()
         self._workers[slot] = self._start()
 
-    def _judge(self, slot: int, items: Sequence[RewardItem]) -> list[RewardResult]:
-        """Results of one chunk, with as many workers in the slot as it takes."""
-        results: list[RewardResult] = []
-        while len(results) < len(items):
+    def _judge(self, slot: int, items: Sequence[RewardItem], chunk: Chunk, board: _Board) -> None:
+        """Put the verdicts of one chunk on the board, with as many workers as it takes."""
+        done = 0
+        while done < len(chunk.calls):
+            rest = Chunk(chunk.calls[done:])
             worker = self._ready_worker(slot)
             try:
-                for result in worker.judge(items[len(results) :]):
-                    results.append(result)
+                for values, error in worker.judge(items, rest.items, rest.calls):
+                    call = chunk.calls[done]
+                    done += 1
+                    if values is None:
+                        board.fail(call.function, call.items, error or "no reason given", False)
+                    else:
+                        board.set(call.function, call.items, values)
             except WorkerLost as lost:
-                results.append(RewardResult(0.0, lost.reason, lost.timed_out))
+                call = chunk.calls[done]
+                done += 1
+                board.fail(call.function, call.items, lost.reason, lost.timed_out)
                 self._replace(slot)
-        return results
 
     def _ready_worker(self, slot: int) -> WorkerProcess:
         """The worker in a slot, once it is ready. UserError if none ever is."""
         reason = ""
         for _ in range(MAX_START_FAILURES):
-            if not self._workers[slot].is_alive and self._workers[slot].is_ready:
+            if not self._workers[slot].is_alive and self._workers[slot].scopes is not None:
                 self._replace(slot)
             try:
                 self._workers[slot].wait_until_ready()
@@ -124,7 +161,55 @@ class RewardPool:
                 self._replace(slot)
             else:
                 return self._workers[slot]
+        names = ", ".join(repr(function.name) for function in self._functions)
         raise UserError(
-            f"reward.name {self._name!r}: {MAX_START_FAILURES} workers in a row did not start; the "
-            f"last one: {reason}"
+            f"reward {names}: {MAX_START_FAILURES} workers in a row did not start; the last one: "
+            f"{reason}"
         )
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
+    timed_out: bool
+
+
+class _Board:
+    """Verdicts of a batch as they come in, from several threads that write different places."""
+
+    def __init__(self, functions: Sequence[RewardFunctionConfig], num_items: int) -> None:
+        self._functions = functions
+        self._values = [[0.0] * num_items for _ in functions]
+        self._failures: list[list[_Failure]] = [[] for _ in range(num_items)]
+
+    def set(self, function: int, items: Sequence[int], values: Sequence[float]) -> None:
+        """What a call gave."""
+        for place, value in zip(items, values, strict=True):
+            self._values[function][place] = value
+
+    def fail(self, function: int, items: Sequence[int], reason: str, timed_out: bool) -> None:
+        """A call gave nothing."""
+        if len(self._functions) > 1:
+            reason = f"{self._functions[function].metric_name}: {reason}"
+        for place in items:
+            self._failures[place].append(_Failure(reason, timed_out))
+
+    def results(self) -> list[RewardResult]:
+        """Weighted sums, and 0 where anything failed."""
+        weights = [function.weight for function in self._functions]
+        results: list[RewardResult] = []
+        for place, failures in enumerate(self._failures):
+            components = tuple(values[place] for values in self._values)
+            if failures:
+                results.append(
+                    RewardResult(
+                        0.0,
+                        "; ".join(failure.reason for failure in failures),
+                        any(failure.timed_out for failure in failures),
+                        components,
+                    )
+                )
+            else:
+                value = sum(w * component for w, component in zip(weights, components, strict=True))
+                results.append(RewardResult(value, components=components))
+        return results

@@ -3,27 +3,87 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.rewards.base import RewardFunction
+from nested_reft_mcore.config.rewards import check_reward_name
+from nested_reft_mcore.rewards.base import Scope, scope_of
 
+_HERE = "nested_reft_mcore.rewards"
 REWARDS = {
-    "numeric_match": "nested_reft_mcore.rewards.numeric_match:numeric_match",
-    "math_verify": "nested_reft_mcore.rewards.math_verify:math_verify_reward",
+    "numeric_match": f"{_HERE}.numeric_match:numeric_match",
+    "math_verify": f"{_HERE}.math_verify:math_verify_reward",
+    "exact_match": f"{_HERE}.exact_match:exact_match",
+    "multiple_choice": f"{_HERE}.multiple_choice:multiple_choice",
+    "format": f"{_HERE}.response_format:response_format",
+    "length": f"{_HERE}.length:length_within",
+    "relative_length": f"{_HERE}.length:relative_length",
 }
 """Name to `module:function`."""
 
 
-def load_reward(name: str) -> RewardFunction:
-    """The reward called `name`, or the one at `module:function`. UserError if there is none."""
-    module_name, colon, function_name = REWARDS.get(name, name).partition(":")
-    if not colon:
-        raise UserError(
-            f"reward.name is {name!r}; expected one of {', '.join(sorted(REWARDS))}, or "
-            "module:function"
-        )
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward function that is ready to be called."""
+
+    function: Callable[..., Any]
+    """Takes an item, or a sequence of them, and `options`."""
+    scope: Scope
+    options: Mapping[str, Any]
+
+
+def load_reward(name: str, options: Mapping[str, Any] | None = None) -> LoadedReward:
+    """The reward called `name`, or the one at `module:function` or `file.py:function`.
+
+    Raises:
+        UserError: there is none, it cannot be imported, or it does not take the options.
+    """
+    check_reward_name(name, "reward: name")
+    place, _, function_name = REWARDS.get(name, name).rpartition(":")
     try:
-        reward = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward.name is {name!r}: cannot be imported: {error}") from error
-    return reward
+        module = _import_file(Path(place)) if place.endswith(".py") else _import(place)
+        function = getattr(module, function_name)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise UserError(
+            f"reward: name is {name!r}: cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not callable(function):
+        raise UserError(f"reward: {name!r} is a {type(function).__name__}; expected a function")
+    _check_options(name, function, options or {})
+    return LoadedReward(function, scope_of(function), dict(options or {}))
+
+
+def _import(module_name: str) -> ModuleType:
+    return importlib.import_module(module_name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """A module from a file, whatever the import path is."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that a call could not be made with."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions of C have none
+        return
+    try:
+        signature.bind(None, **options)
+    except TypeError as error:
+        known = ", ".join(list(signature.parameters)[1:]) or "none"
+        raise UserError(
+            f"reward: options of {name!r} do not fit: {error}; it takes, after what it judges: "
+            f"{known}"
+        ) from None

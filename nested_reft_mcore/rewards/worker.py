@@ -1,10 +1,10 @@
-"""A reward worker, run as `python -m nested_reft_mcore.rewards.worker NAME DEADLINE_SECONDS`.
+"""A reward worker, run as `python -m nested_reft_mcore.rewards.worker LIFE`, a pipe's number.
 
-It says `{"ready": true}`, or `{"failed": reason}` and leaves; then it reads lists of
-`[prompt, completion, answer]` from standard input and answers each item on standard output with
-`[value, error]`, in order, until standard input closes. An item that takes longer than the deadline
-ends the process by SIGALRM: the kernel does it, so that code which never returns to the interpreter
-ends too, and so that an orphan ends even while it hangs.
+Two processes: a supervisor, and the worker proper that it forks. The worker reads its settings
+from standard input, says `{"ready": true, ...}`, or `{"failed": reason}` and leaves; then it reads
+items with calls, and answers each call on standard output with `[values, error]`, in order, until
+standard input closes. A call that takes longer than the deadline ends the worker by SIGALRM: the
+kernel does it, so that code which never returns to the interpreter ends too.
 """
 
 from __future__ import annotations
@@ -15,67 +15,116 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.rewards import messages
-from nested_reft_mcore.rewards.base import RewardFunction, RewardItem
-from nested_reft_mcore.rewards.registry import load_reward
+from nested_reft_mcore.rewards import messages, processes
+from nested_reft_mcore.rewards.base import RewardItem
+from nested_reft_mcore.rewards.registry import LoadedReward, load_reward
+from nested_reft_mcore.rewards.supervisor import supervise
 
-MAX_MEMORY_BYTES = 4 << 30
-"""Address space of a worker; an expression that explodes raises MemoryError."""
+MAX_FILE_BYTES = 1 << 30
+"""Longest file that a reward can write; beyond it raises OSError."""
 MAX_ERROR_CHARACTERS = 200
 """So much of an exception's text is passed on."""
 
 
 def main(arguments: list[str]) -> int:
+    """Supervise a worker; returns the exit code."""
+    return supervise(int(arguments[0]), serve)
+
+
+def serve() -> int:
     """Serve until standard input closes; returns the exit code."""
-    name, deadline_seconds = arguments[0], float(arguments[1])
-    _leave_signals_to_the_pool()
-    _limit_memory()
+    _let_alarms_through()
     requests, answers = _claim_pipes()
+    settings = messages.read(requests)
+    if settings is None:
+        return 0
+    _limit(settings["memory_bytes"])
     # Libraries warn here of what no user can change, once for every worker.
     logging.disable(logging.WARNING)
     try:
-        reward = load_reward(name)
+        rewards = [load_reward(entry["name"], entry["options"]) for entry in settings["functions"]]
     except UserError as error:
         _send(answers, {"failed": str(error)})
         return 1
-    _send(answers, {"ready": True})
-    while (items := messages.read(requests)) is not None:
-        for item in items:
-            signal.setitimer(signal.ITIMER_REAL, deadline_seconds)
-            verdict = _judge(reward, RewardItem(*item))
+    processes.adopt_orphans()
+    # What a module starts when it is imported serves every call, and ends with the worker.
+    servants = processes.children() if processes.has_children() else set()
+    _send(
+        answers, {"ready": True, "pid": os.getpid(), "scopes": [reward.scope for reward in rewards]}
+    )
+    while (request := messages.read(requests)) is not None:
+        items = [RewardItem(**item) for item in request["items"]]
+        for number, places in request["calls"]:
+            signal.setitimer(signal.ITIMER_REAL, settings["deadline_seconds"])
+            verdict = judge(rewards[number], [items[place] for place in places])
+            if processes.has_children() and not processes.end_children(servants):
+                return 1
             signal.setitimer(signal.ITIMER_REAL, 0)
             _send(answers, verdict)
     return 0
 
 
-def _judge(reward: RewardFunction, item: RewardItem) -> list[Any]:
-    """`[value, None]`, or `[0.0, why]` if the reward raised or gave no finite number."""
+def judge(reward: LoadedReward, items: Sequence[RewardItem]) -> list[Any]:
+    """`[values, None]`, or `[None, why]` if the reward raised or gave no finite numbers."""
+    me = os.getpid()
     try:
-        value = float(reward(item))
-    except Exception as error:  # a reward may raise anything; it costs this item
-        return [0.0, f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]]
-    return [value, None] if math.isfinite(value) else [0.0, f"the reward is {value}"]
+        return [_values(reward, items), None]
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # it costs this call
+        return [None, _describe(error)]
+    finally:
+        # A reward that forks returns twice; only the worker goes on.
+        if os.getpid() != me:
+            os._exit(0)
 
 
-def _leave_signals_to_the_pool() -> None:
-    """Ignore what Slurm or a terminal sends to every process of a job; SIGALRM ends this one."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+def _values(reward: LoadedReward, items: Sequence[RewardItem]) -> list[float]:
+    if reward.scope == "item":
+        values = [float(reward.function(item, **reward.options)) for item in items]
+    else:
+        values = [float(value) for value in reward.function(items, **reward.options)]
+    if len(values) != len(items):
+        raise ValueError(f"{len(values)} rewards for {len(items)} completions")
+    for value in values:
+        if not math.isfinite(value):
+            raise ValueError(f"the reward is {value}")
+    return values
+
+
+def _describe(error: BaseException) -> str:
+    """Kind and text of an exception, on one line, safe to print."""
+    try:
+        text = str(error)[:MAX_ERROR_CHARACTERS]
+    except Exception:  # an exception of the user's own may not know how to tell itself
+        text = "(it has no text)"
+    text = " ".join(f"{type(error).__name__}: {text}".split())
+    return text.encode("utf-8", "backslashreplace").decode()[:MAX_ERROR_CHARACTERS]
+
+
+def _let_alarms_through() -> None:
+    """SIGALRM ends this process, whatever it inherited."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     # A pool that died cannot read: writing to it ends the worker without a traceback.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
-def _limit_memory() -> None:
-    """Cap the address space, unless the system's own cap is lower, and leave no core files."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+def _limit(memory_bytes: int) -> None:
+    """Cap memory and files, unless the system's own caps are lower, and leave no core files.
+
+    An expression that explodes raises MemoryError, a file that grows too long raises OSError.
+    """
+    for kind, wanted in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(kind)
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(kind, (limit, hard))
 
 
 def _claim_pipes() -> tuple[BinaryIO, int]:

@@ -41,7 +41,7 @@ from nested_reft_mcore.training.evaluation_setup import (
     evaluation_sampling,
     load_questions,
 )
-from nested_reft_mcore.training.judge import Judge
+from nested_reft_mcore.training.judge import Judge, values_of
 from nested_reft_mcore.training.policy_setup import check_room
 from nested_reft_mcore.training.replicas import gather_from_replicas, is_replica_writer
 from nested_reft_mcore.training.sampling import build_engine
@@ -145,7 +145,7 @@ class Evaluator:
             for task in self.tasks:
                 old = [one for one in earlier if one.task == task]
                 batch = self._complete(task, old, writer)
-                rewards = self._judge(batch).tolist()
+                rewards = values_of(self._judge.results(batch)).tolist()
                 speeds = gather_from_replicas(
                     (batch.stats.generated_tokens, batch.stats.seconds), context
                 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -9,11 +11,11 @@ import torch
 from torch import Tensor
 
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.config.schema import RewardConfig
+from nested_reft_mcore.config.rewards import RewardConfig
 from nested_reft_mcore.launch.context import ParallelContext
-from nested_reft_mcore.rewards.base import RewardItem
+from nested_reft_mcore.rewards.base import RewardItem, RewardResult, Scope
 from nested_reft_mcore.rewards.pool import RewardPool
-from nested_reft_mcore.rollout.types import RolloutBatch
+from nested_reft_mcore.rollout.types import Rollout, RolloutBatch
 from nested_reft_mcore.training.replicas import (
     add_up,
     broadcast_in_replica,
@@ -21,9 +23,18 @@ from nested_reft_mcore.training.replicas import (
     is_replica_writer,
 )
 
+MAX_SAID = 10
+"""So many kinds of failures are logged; all are counted."""
+
+_log = logging.getLogger(__name__)
+
 
 class Judge:
-    """The verifiable reward behind its worker processes. A context manager."""
+    """Verifiable rewards behind their worker processes. A context manager.
+
+    Every process calls every method. One process of each replica has the workers; where a function
+    judges whole batches, the first replica's judge for all.
+    """
 
     def __init__(
         self,
@@ -39,12 +50,30 @@ class Judge:
         """
         self._context = context
         self._on_dead = on_dead
+        self._functions = config.weighted
         self._has_judged = False
+        self._judges_batches = False
+        self._said: Counter[str] = Counter()
+        self._sums = [0.0] * len(self._functions)
+        self._num_judged = 0
         self._pool: RewardPool | None = None
         if is_replica_writer(context):
-            self._pool = RewardPool(config.name, config.num_workers, config.deadline_seconds)
+            memory = int(config.memory_limit_gb * 1e9)
+            self._pool = RewardPool(
+                self._functions, config.num_workers, config.deadline_seconds, memory
+            )
 
     def __enter__(self) -> Judge:
+        """Wait for the functions to be imported.
+
+        Raises:
+            UserError: one cannot be, or no worker starts; the same on all processes.
+        """
+        try:
+            self._judges_batches = "batch" in self._learn_scopes()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -53,38 +82,123 @@ class Judge:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers."""
         if self._pool is not None:
             self._pool.close()
 
     def __call__(self, rollouts: RolloutBatch) -> Tensor:
-        """Rewards `[batch]` float32, in the order of `rollouts`, on every process."""
-        values: list[float] = []
-        if self._pool is not None:
-            items = [
-                RewardItem(rollout.prompt.text, rollout.text, rollout.prompt.answer or "")
-                for rollout in rollouts.rollouts
-            ]
-            values = self._score(self._pool, items)
-        return torch.tensor(broadcast_in_replica(values, self._context), dtype=torch.float32)
+        """Rewards `[batch]` float32, in the order of `rollouts`, on every process.
 
-    def _score(self, pool: RewardPool, items: Sequence[RewardItem]) -> list[float]:
-        try:
-            values = [result.value for result in pool.score(items)]
-        except (UserError, OSError) as error:
-            if self._on_dead is None or not self._has_judged:
-                raise
-            self._on_dead(f"rewards cannot be judged any more: {error}")
-            return [0.0] * len(items)
-        self._has_judged = True
-        return values
+        What the functions gave goes into `metrics`.
+        """
+        results = self.results(rollouts)
+        for place in range(len(self._functions)):
+            self._sums[place] += sum(result.components[place] for result in results)
+        self._num_judged += len(results)
+        return values_of(results)
+
+    def results(self, rollouts: RolloutBatch) -> list[RewardResult]:
+        """Verdicts in the order of `rollouts`, on every process; they go into no mean."""
+        items = [_item(rollout) for rollout in rollouts.rollouts]
+        results: list[RewardResult] = []
+        if not self._judges_batches:
+            if self._pool is not None:
+                results = self._score(self._pool, items)
+            return broadcast_in_replica(results, self._context)
+        shares = gather_from_replicas(items, self._context)
+        data = self._context.data
+        if self._pool is not None and data.rank == 0:
+            results = self._score(self._pool, [item for share in shares for item in share])
+        results = broadcast_in_replica(results, self._context)
+        results = gather_from_replicas(results, self._context)[0]
+        start = sum(len(share) for share in shares[: data.rank])
+        return results[start : start + len(items)]
 
     def metrics(self) -> dict[str, float]:
-        """Items of the whole run that could not be judged, over all replicas."""
+        """Items of the whole run that could not be judged; means since the last call, by function.
+
+        Over all replicas. A function that failed counts as 0 in its mean.
+        """
         pool = self._pool
         counts = {
             "reward/timeouts": float(pool.timeouts if pool else 0),
             "reward/errors": float(pool.errors if pool else 0),
+            "num_judged": float(self._num_judged),
         }
-        return add_up(
+        means = [f"reward/{function.metric_name}/mean" for function in self._functions]
+        counts |= dict(zip(means, self._sums, strict=True))
+        self._sums = [0.0] * len(self._functions)
+        self._num_judged = 0
+        total = add_up(
             gather_from_replicas(broadcast_in_replica(counts, self._context), self._context)
         )
+        num_judged = total.pop("num_judged")
+        for name in means:
+            value = total.pop(name)
+            if num_judged:
+                total[name] = value / num_judged
+        return total
+
+    def _learn_scopes(self) -> tuple[Scope, ...]:
+        """What each function judges, told by the workers of each replica's writer."""
+        scopes: tuple[Scope, ...] = ()
+        mistake = None
+        if self._pool is not None:
+            try:
+                scopes = self._pool.scopes()
+            except UserError as error:
+                mistake = str(error)
+        scopes, mistake = broadcast_in_replica((scopes, mistake), self._context)
+        for found in gather_from_replicas(mistake, self._context):
+            if found is not None:
+                raise UserError(found)
+        return scopes
+
+    def _score(self, pool: RewardPool, items: Sequence[RewardItem]) -> list[RewardResult]:
+        try:
+            results = pool.score(items)
+        except (UserError, OSError) as error:
+            if self._on_dead is None or not self._has_judged:
+                raise
+            self._on_dead(f"rewards cannot be judged any more: {error}")
+            nothing = (0.0,) * len(self._functions)
+            return [RewardResult(0.0, components=nothing) for _ in items]
+        self._has_judged = True
+        self._tell_failures(results)
+        return results
+
+    def _tell_failures(self, results: Sequence[RewardResult]) -> None:
+        """Log each new kind of failure, for a reward that silently gives 0 ruins a run."""
+        failures = Counter(result.error for result in results if result.error is not None)
+        for reason, count in failures.most_common():
+            if reason not in self._said and len(self._said) < MAX_SAID:
+                _log.warning(
+                    "%d of %d completions could not be judged and got reward 0: %s",
+                    count,
+                    len(results),
+                    reason,
+                )
+                self._said[reason] += count
+
+
+def values_of(results: Sequence[RewardResult]) -> Tensor:
+    """Rewards `[batch]` float32."""
+    return torch.tensor([result.value for result in results], dtype=torch.float32)
+
+
+def _item(rollout: Rollout) -> RewardItem:
+    prompt = rollout.prompt
+    return RewardItem(
+        prompt=prompt.text,
+        completion=rollout.text,
+        answer=prompt.answer or "",
+        group=rollout.prompt_index,
+        num_tokens=len(rollout.token_ids),
+        is_truncated=rollout.finish_reason == "length",
+        dataset=prompt.dataset,
+        question=prompt.question,
+        labels=dict(prompt.labels),
+    )

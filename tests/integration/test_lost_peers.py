@@ -164,7 +164,11 @@ def test_slow_is_not_lost(room: Path, drills) -> None:
     process = start(room, *ENDLESS, f"run_dir={name}", *patience)
     wait_until(process, lambda: metrics_of(run_dir)[-1]["step"] > saved + 1)
     assert not (run_dir / "requeue").exists()
-    find(process, lambda child: "rewards.worker" in " ".join(child.cmdline())).suspend()
+    # Of supervisor and worker, the one without a child.
+    find(
+        process,
+        lambda child: "rewards.worker" in " ".join(child.cmdline()) and not child.children(),
+    ).suspend()
     wait_until(process, lambda: metrics_of(run_dir)[-1].get("reward/timeouts", 0) > 0)
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)

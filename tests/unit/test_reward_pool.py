@@ -220,7 +220,7 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nonsense", "expected one of math_verify, numeric_match"),
+        ("nonsense", "expected one of exact_match, .*, or module:function"),
         ("no_such_module:reward", "No module named 'no_such_module'"),
         ("hostile_reward:no_such_function", "no_such_function"),
     ],

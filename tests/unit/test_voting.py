@@ -3,33 +3,50 @@
 import pytest
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.config.schema import RewardConfig
+from nested_reft_mcore.config.rewards import RewardConfig, RewardFunctionConfig
 from nested_reft_mcore.data.prompt import Prompt
-from nested_reft_mcore.rewards.final_answer import final_answer
 from nested_reft_mcore.rewards.numeric_match import numeric_match
 from nested_reft_mcore.rollout.types import Rollout, RolloutBatch, RolloutStats
-from nested_reft_mcore.training.voting import AnswerGroup, AnswerVotes, merge_equal
+from nested_reft_mcore.training.voting import (
+    AnswerGroup,
+    AnswerVotes,
+    answer_text,
+    comparing_reward,
+    merge_equal,
+)
 
 
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
         (r"so \boxed{\frac{1}{2}} or \boxed{x^{2}} holds", "x^{2}"),
-        (r"\boxed{3} and then \boxed{", "3"),
+        (r"\boxed{3} and then \boxed{4", "4"),
         (r"\boxed{} is empty, 5", "5"),
-        ("first 3\n#### 1,234 \nand 9", "1,234"),
+        ("first 3\n#### 1,234 \nand 9", "1234"),
         ("7 - 2 = 5 apples, 50%", "50%"),
         ("it is 0.50", "1/2"),
         ("nothing at all", None),
         ("", None),
     ],
 )
-def test_final_answer(text, answer):
-    assert final_answer(text) == answer
+def test_answers_of_rewards_that_read_numbers(text, answer):
+    assert answer_text(text, reads_numbers=True) == answer
 
 
-def test_a_flood_of_open_boxes_takes_no_time():
-    assert final_answer("\\boxed{" * 2000 + "4") == "4"
+def test_answers_of_other_rewards_are_texts():
+    assert answer_text("I like 3.\nThe answer is (B)", reads_numbers=False) == "(B)"
+    assert answer_text("Paris\n", reads_numbers=False) == "Paris"
+    assert answer_text(" \n", reads_numbers=False) is None
+
+
+def test_which_reward_compares():
+    def functions(*names: str) -> RewardConfig:
+        return RewardConfig(functions=tuple(RewardFunctionConfig(name=n, weight=3) for n in names))
+
+    assert comparing_reward(RewardConfig()).name == "numeric_match"
+    found = comparing_reward(functions("format", "exact_match"))
+    assert (found.name, found.weight) == ("exact_match", 1.0)
+    assert comparing_reward(functions("own.module:judge", "length")) is None
 
 
 def rollouts(*texts: str) -> list[Rollout]:
