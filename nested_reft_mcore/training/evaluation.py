@@ -103,8 +103,8 @@ class Evaluator:
         self._votes = AnswerVotes(config.reward)
         self._engine = build_engine(config.rollout)
         self.questions = questions if questions is not None else load_questions(config, tokenizer)
-        prompts = [question.prompt for question in self.questions]
-        check_room(prompts, config.rollout.max_new_tokens, policy.architecture)
+        self.prompts = tuple(question.prompt for question in self.questions)
+        check_room(self.prompts, config.rollout.max_new_tokens, policy.architecture)
         self._plans = evaluated_plans(config, policy.architecture.num_layers)
         self._num_samples = config.evaluation.num_samples
         self._sampling = evaluation_sampling(config, tokenizer)

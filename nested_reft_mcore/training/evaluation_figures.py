@@ -70,6 +70,8 @@ class Figures:
     def metrics(self) -> dict[str, float]:
         """Flat, as they are logged: `val-core/<set>/reward/<statistic>`, the rest `val-aux/...`.
 
+        Ends of intervals have `/low` and `/high` after the name of what they belong to.
+
         A policy that skips writes `<set>@skip=<plan>` for the set.
         """
         name = self.dataset + ("" if self.policy == FULL else f"@skip={self.policy}")
@@ -78,8 +80,8 @@ class Figures:
         found = {f"{aux}/num_prompts": float(self.num_prompts)}
         for statistic, estimate in self.estimates.items():
             found[f"{core}/reward/{statistic}"] = estimate.value
-            found[f"{aux}/reward/{statistic}/low"] = estimate.low
-            found[f"{aux}/reward/{statistic}/high"] = estimate.high
+            found[f"{core}/reward/{statistic}/low"] = estimate.low
+            found[f"{core}/reward/{statistic}/high"] = estimate.high
         for statistic, estimate in self.change.items():
             found[f"{aux}/change/{statistic}"] = estimate.value
             found[f"{aux}/change/{statistic}/low"] = estimate.low

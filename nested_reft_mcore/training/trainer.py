@@ -238,7 +238,7 @@ def _experience_source(run: Run, judge: Judge, evaluator: Evaluator | None) -> E
         return ReplayedExperience(run.config, run.policy)
     prompts = load_training_prompts(run.config.data, run.tokenizer)
     check_room(prompts.prompts, run.config.rollout.max_new_tokens, run.policy.architecture)
-    held_out = () if evaluator is None else evaluator.prompts.prompts
+    held_out = () if evaluator is None else evaluator.prompts
     overlap = report_overlap(prompts.prompts, held_out)
     return GeneratedExperience(
         run.config,

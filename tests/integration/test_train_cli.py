@@ -339,7 +339,7 @@ def test_evaluate_prints_what_the_run_measured(room: Path, whole: Path) -> None:
     measured = json.loads((room / "figures.json").read_text())["metrics"]
     for name in EVALUATION:
         assert measured[name] == pytest.approx(last[name])
-    low, high = (last[f"val-aux/eval/reward/mean@2/{end}"] for end in ("low", "high"))
+    low, high = (last[f"val-core/eval/reward/mean@2/{end}"] for end in ("low", "high"))
     shown = f"{100 * last['val-core/eval/reward/mean@2']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     assert shown in out
     completions = (room / "figures.completions.jsonl").read_text()
