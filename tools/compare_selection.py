@@ -1,9 +1,10 @@
 """Compare prompt selections with uniform at equal rollouts, on the task of examples/cpu_demo.
 
-For each seed: the task, a warm-up, and from its end one nested run for each selection, all with the
-same steps, prompts a step and completions. Runs that are there already are not repeated. Ends with
-a table, and writes it to OUTPUT/selection.json: accuracies at the end and on average over the run,
-the share of groups that teach nothing, and differences from uniform, pair by pair.
+One task and one warm-up; from its end, for each seed, one nested run for each selection, all with
+the same steps, prompts a step and completions. Seeds differ in the order of prompts, in plans and
+in sampling. Runs that are there already are not repeated. Ends with a table, and writes its
+figures to OUTPUT/selection.json: accuracies half-way and at the end, the share of groups that teach
+nothing, and differences from uniform, pair by pair.
 
     python tools/compare_selection.py --output runs/selection --seeds 0 1 2
 """
@@ -22,13 +23,14 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[1]
 DEMO = REPOSITORY / "examples" / "cpu_demo"
 SELECTIONS = ("uniform", "filter", "mopps")
-FIGURES = {
-    "sampled accuracy, end": "val-core/eval/reward/mean@4",
-    "greedy accuracy, end": "val-core/eval/reward/greedy",
-    "sampled accuracy, mean of evaluations": "val-core/eval/reward/mean@4",
-    "groups that teach nothing": "critic/solve_none",
-    "training reward": "critic/score/mean",
-}
+FIGURES = (
+    "sampled accuracy, end",
+    "greedy accuracy, end",
+    "sampled accuracy, half-way",
+    "groups that teach nothing",
+    "training reward",
+)
+_SAMPLED = "val-core/eval/reward/mean@4"
 
 
 def run(*command: str) -> None:
@@ -45,50 +47,61 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def make_runs(output: Path, seed: int, num_train: int, num_steps: int) -> None:
-    """The warm-up of a seed, and a run for each selection."""
-    room = output / f"seed_{seed}"
-    task = room / "task"
-    if not (task / "tokenizer.model").exists():
-        sizes = ("--num-train", str(num_train), "--seed", str(seed))
-        run(str(DEMO / "make_task.py"), "--output", str(task), *sizes)
-    options = (
+def options_of(output: Path) -> tuple[str, ...]:
+    """What all runs have in common."""
+    task = output / "task"
+    return (
         str(DEMO / "config.yaml"),
         f"data.tokenizer_path={task / 'tokenizer.model'}",
         f"data.eval_path={task / 'eval.jsonl'}",
         "parallel.pipeline_model_parallel_size=1",
         "logging.tensorboard=false",
         "logging.dump_rollouts=false",
-        f"seed={seed}",
     )
-    if not (room / "sft" / "checkpoints" / "latest").exists():
-        warm = (f"run_dir={room / 'sft'}", f"data.train_path={task / 'sft.jsonl'}")
-        run("-m", "nested_reft_mcore", "sft", *options, *warm)
+
+
+def warm_up(output: Path, num_train: int) -> None:
+    """The task and the warm start."""
+    task = output / "task"
+    if not (task / "tokenizer.model").exists():
+        sizes = ("--num-train", str(num_train))
+        run(str(DEMO / "make_task.py"), "--output", str(task), *sizes)
+    if not (output / "sft" / "checkpoints" / "latest").exists():
+        mine = (f"run_dir={output / 'sft'}", f"data.train_path={task / 'sft.jsonl'}")
+        run("-m", "nested_reft_mcore", "sft", *options_of(output), *mine)
+
+
+def make_runs(output: Path, seed: int, num_steps: int) -> None:
+    """A run for each selection, from the same warm start."""
     for selection in SELECTIONS:
-        lines = metrics_of(room / selection)
+        run_dir = output / f"seed_{seed}" / selection
+        lines = metrics_of(run_dir)
         if lines and lines[-1].get("step") == num_steps:
             continue
         mine = (
-            f"run_dir={room / selection}",
-            f"data.train_path={task / 'train.jsonl'}",
+            f"run_dir={run_dir}",
+            f"seed={seed}",
+            f"data.train_path={output / 'task' / 'train.jsonl'}",
             f"data.selection.policy={selection}",
             f"train.num_steps={num_steps}",
+            "evaluation.before_training=false",
+            f"evaluation.interval={(num_steps + 1) // 2}",
         )
-        checkpoint = ("--checkpoint", str(room / "sft" / "checkpoints"))
-        run("-m", "nested_reft_mcore", "train", *options, *mine, *checkpoint)
+        checkpoint = ("--checkpoint", str(output / "sft" / "checkpoints"))
+        run("-m", "nested_reft_mcore", "train", *options_of(output), *mine, *checkpoint)
 
 
 def figures_of(run_dir: Path) -> dict[str, float]:
     """What a run comes to."""
     lines = metrics_of(run_dir)
     steps = [line for line in lines if "critic/score/mean" in line]
-    judged = [line for line in steps if FIGURES["sampled accuracy, end"] in line]
-    sampled = [line["val-core/eval/reward/mean@4"] for line in judged]
+    judged = [line for line in steps if _SAMPLED in line]
+    sampled = [line[_SAMPLED] for line in judged]
     idle = [line["critic/solve_none"] + line["critic/solve_all"] for line in steps]
     return {
         "sampled accuracy, end": sampled[-1],
         "greedy accuracy, end": judged[-1]["val-core/eval/reward/greedy"],
-        "sampled accuracy, mean of evaluations": statistics.mean(sampled),
+        "sampled accuracy, half-way": sampled[0],
         "groups that teach nothing": statistics.mean(idle),
         "training reward": statistics.mean(line["critic/score/mean"] for line in steps),
         "rollouts": sum(1 for _ in steps) * 128.0,
@@ -119,8 +132,9 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=30)
     arguments = parser.parse_args()
     output = arguments.output.absolute()
+    warm_up(output, arguments.num_train)
     for seed in arguments.seeds:
-        make_runs(output, seed, arguments.num_train, arguments.num_steps)
+        make_runs(output, seed, arguments.num_steps)
     found = {
         name: [figures_of(output / f"seed_{seed}" / name) for seed in arguments.seeds]
         for name in SELECTIONS

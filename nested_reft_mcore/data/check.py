@@ -62,6 +62,7 @@ class SourceReport:
     num_broken: int
     num_dropped: int
     num_truncated: int
+    num_without_answer: int
     num_duplicates: int
     lengths: tuple[int, int, int, int]
     """Least, median, 95th percentile and most of what is left."""
@@ -87,7 +88,9 @@ class DataReport:
     @property
     def is_clean(self) -> bool:
         """Whether nothing is broken, double or both trained and evaluated on."""
-        broken = sum(report.num_broken for report in (*self.train, *self.eval))
+        broken = sum(
+            report.num_broken + report.num_without_answer for report in (*self.train, *self.eval)
+        )
         return not (broken or self.duplicates or self.overlap)
 
     def to_json(self) -> dict[str, Any]:
@@ -155,6 +158,7 @@ def _report(source: DataSource, prompts: PromptSet, unit: str) -> SourceReport:
         num_broken=prompts.num_broken,
         num_dropped=prompts.num_dropped,
         num_truncated=prompts.num_truncated,
+        num_without_answer=prompts.num_without_answer,
         num_duplicates=len(find_duplicates(prompts.prompts)),
         lengths=(lengths[0], lengths[last // 2], lengths[last * 95 // 100], lengths[last]),
         unit=unit,
@@ -174,7 +178,8 @@ def _describe(use: str, report: SourceReport) -> list[str]:
     return [
         f"{use} {report.name}: {report.place}",
         f"  {report.num_prompts} prompts; {report.num_broken} broken rows, {report.num_dropped} "
-        f"dropped, {report.num_truncated} truncated, {report.num_duplicates} duplicates",
+        f"dropped, {report.num_truncated} truncated, {report.num_without_answer} without answer, "
+        f"{report.num_duplicates} duplicates",
         f"  {report.unit}: least {least}, median {median}, 95% {high}, most {most}",
         f"  fields: {', '.join(report.fields)}" + (f"; labels: {labels}" if labels else ""),
         f"  first: {question} -> {answer}",

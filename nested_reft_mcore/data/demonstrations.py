@@ -40,12 +40,25 @@ class DemonstrationSet:
     """Those left out because the prompt was longer than `max_prompt_length`."""
     parts: tuple[Part, ...] = ()
     """The data sets that it is made of."""
+    num_truncated: int = 0
+    """Those whose prompt lost its beginning for the same reason."""
+    num_broken: int = 0
+    """Rows left out because they could not be used."""
 
     def __len__(self) -> int:
         return len(self.demonstrations)
 
     def __getitem__(self, index: int) -> Demonstration:
         return self.demonstrations[index]
+
+    def metrics(self) -> dict[str, float]:
+        """What was read and left out, for the log of a run."""
+        return {
+            "data/num_prompts": float(len(self.demonstrations)),
+            "data/num_dropped": float(self.num_dropped),
+            "data/num_truncated": float(self.num_truncated),
+            "data/num_broken": float(self.num_broken),
+        }
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,7 @@ def load_demonstrations(
         for row in encoded_rows(source, config, tokenizer, extract, counts)
     )
     parts = (Part(source.label, len(demonstrations), source.weight),)
-    return DemonstrationSet(demonstrations, counts.dropped, parts)
+    return DemonstrationSet(demonstrations, counts.dropped, parts, counts.truncated, counts.broken)
 
 
 def load_training_demonstrations(config: DataConfig, tokenizer: Tokenizer) -> DemonstrationSet:
@@ -98,6 +111,8 @@ def load_training_demonstrations(config: DataConfig, tokenizer: Tokenizer) -> De
         sum((one.demonstrations for one in sets), ()),
         sum(one.num_dropped for one in sets),
         sum((one.parts for one in sets), ()),
+        sum(one.num_truncated for one in sets),
+        sum(one.num_broken for one in sets),
     )
 
 

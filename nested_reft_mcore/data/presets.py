@@ -16,7 +16,7 @@ from nested_reft_mcore.data.answers import (
     number_text,
     without_calculator,
 )
-from nested_reft_mcore.data.records import BrokenRow, Record
+from nested_reft_mcore.data.records import Record
 
 Extract = Callable[[Record], str]
 
@@ -102,8 +102,15 @@ _MATH_SOLUTIONS = ("reward_model.ground_truth.solution", "solution", "demonstrat
 def _math_answer(record: Record) -> str:
     for key in ("reward_model.ground_truth.target", "answer"):
         if record.has(key):
-            return record.number_or_text(key).strip()
+            answer = record.number_or_text(key).strip()
+            # Some targets are empty where the box holds text, and two boxes of the set are empty.
+            return answer or _boxed(record) or ""
     return _boxed_answer(record)
+
+
+def _boxed(record: Record) -> str | None:
+    key = next((key for key in _MATH_SOLUTIONS if record.has(key)), None)
+    return None if key is None else last_boxed(record.text(key))
 
 
 def _boxed_answer(record: Record) -> str:
@@ -183,6 +190,3 @@ def labels_of(
             value = record.number_or_text(key).strip()
             found.append((name, level_text(value) if name == "level" else value))
     return tuple(found)
-
-
-__all__ = ["PRESETS", "BrokenRow", "Preset", "first_number", "first_text", "labels_of"]

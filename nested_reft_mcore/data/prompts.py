@@ -36,6 +36,11 @@ class PromptSet:
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
 
+    @property
+    def num_without_answer(self) -> int:
+        """Prompts whose answer is empty: no completion of theirs can be right."""
+        return sum(not prompt.answer for prompt in self.prompts)
+
     def metrics(self) -> dict[str, float]:
         """What was read and left out, for the log of a run."""
         return {
@@ -43,6 +48,7 @@ class PromptSet:
             "data/num_dropped": float(self.num_dropped),
             "data/num_truncated": float(self.num_truncated),
             "data/num_broken": float(self.num_broken),
+            "data/num_without_answer": float(self.num_without_answer),
         }
 
     def fingerprint(self) -> str:

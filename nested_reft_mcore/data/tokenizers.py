@@ -149,6 +149,8 @@ class HuggingFaceTokenizer:
                 tokenize=True,
                 add_generation_prompt=True,
                 return_dict=False,
+                # A special token that a message spells is text.
+                sanitize_control_tokens=True,
             )
         except Exception as error:  # a template is a program: it raises what it likes
             raise UserError(

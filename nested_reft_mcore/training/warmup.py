@@ -67,7 +67,7 @@ def _loop(run: Run, demonstrations: DemonstrationSet, stream: PromptStream) -> i
             metrics = _update(run, batch, plan)
         run.state.step, run.state.data = step + 1, stream.state_dict()
         run.check(may_stop=False)
-        run.finish_step(metrics, plan.describe(), every=sft.log_interval)
+        run.finish_step(metrics | demonstrations.metrics(), plan.describe(), every=sft.log_interval)
         if run.is_due(config.checkpoint.interval):
             run.save()
     return ExitCode.OK

@@ -117,3 +117,15 @@ def test_nothing_to_learn_from_is_an_error():
         collate([], 0)
     with pytest.raises(ValueError, match="empty prompt or response"):
         collate([Demonstration((1,), ())], 0)
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    long = {**LINE, "prompt": "abcd"}
+    path = write(tmp_path / "sft.jsonl", LINE, long, {"prompt": "a"})
+    config = DataConfig(broken_rows="skip", max_prompt_length=3)
+    metrics = load_demonstrations(path, config, LetterTokenizer()).metrics()
+    assert [metrics[f"data/num_{what}"] for what in ("prompts", "dropped", "broken")] == [1, 1, 1]
+    cut = config.model_copy(update={"overlong_prompts": "truncate_left"})
+    cutting = load_demonstrations(path, cut, LetterTokenizer())
+    assert cutting[1].prompt_ids == (2, 3, 4)
+    assert cutting.metrics()["data/num_truncated"] == 1
