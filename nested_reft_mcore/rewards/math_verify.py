@@ -8,6 +8,7 @@ it says the same, without sympy.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +19,8 @@ from nested_reft_mcore.rewards.plain_numbers import same_plain_number
 
 NO_TIMEOUT = 0
 """math-verify's way to say: none."""
+_HASHES = re.compile(r"####[ \t]*(\S[^\n]*)\s*\Z")
+_DOLLAR = re.compile(r"(?<!\\)\$")
 CACHED_ANSWERS = 1024
 """The completions of a group have one answer: it is read once."""
 
@@ -25,13 +28,24 @@ CACHED_ANSWERS = 1024
 def math_verify_reward(item: RewardItem) -> float:
     """1.0 if the completion's expression equals the answer's, else 0.0.
 
-    Of an answer that ends with `#### x`, only x counts. ValueError if the answer cannot be read.
+    Of an answer that ends with `#### x` only x counts, and so it is with a completion that has no
+    box: by itself math-verify would rather read what stands behind a word such as "answered".
+    ValueError if the answer cannot be read.
     """
-    answer = expected_part(item.answer)
-    same = same_plain_number(item.completion, answer)
+    answer, completion = expected_part(item.answer), final_part(item.completion)
+    same = same_plain_number(completion, answer)
     if same is not None:
         return float(same)
-    return verify_by_library(item.completion, answer)
+    return verify_by_library(completion, answer)
+
+
+def final_part(completion: str) -> str:
+    """What is judged: of a completion whose last line is `#### x`, and without a box, x."""
+    place = completion.rfind("####")
+    if place < 0 or "\\boxed" in completion:
+        return completion
+    last = _HASHES.match(completion, place)
+    return completion if last is None else last[1]
 
 
 def expected_part(answer: str) -> str:
@@ -51,5 +65,10 @@ def verify_by_library(completion: str, answer: str) -> float:
 @lru_cache(maxsize=CACHED_ANSWERS)
 def _read_answer(answer: str) -> tuple[Any, ...]:
     # Bare LaTeX such as \frac{3}{4} is only recognised inside a mathematical environment.
-    marked = answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}"
-    return tuple(math_verify.parse(marked, parsing_timeout=NO_TIMEOUT))
+    is_marked = "\\boxed" in answer or _DOLLAR.search(answer) is not None
+    boxed = f"\\boxed{{{answer}}}"
+    found = math_verify.parse(answer if is_marked else boxed, parsing_timeout=NO_TIMEOUT)
+    if not found and is_marked:
+        # Dollar signs that pair with nothing, as in a formula broken over two lines.
+        found = math_verify.parse(boxed, parsing_timeout=NO_TIMEOUT)
+    return tuple(found)

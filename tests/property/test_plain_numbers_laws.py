@@ -21,69 +21,12 @@ NUMBERS = st.one_of(
     st.integers(0, 10**9).map(lambda n: f"{n / 10**6:.6f}"),
     st.sampled_from(EDGES),
 )
-WORDS = st.sampled_from(
-    [
-        "so",
-        "the",
-        "answer",
-        "is",
-        "final",
-        "Answer:",
-        "I",
-        "hope",
-        "it",
-        "=",
-        "+",
-        "-",
-        "*",
-        "/",
-        "$",
-        "$$",
-        "[",
-        "]",
-        "(",
-        ")",
-        "percent",
-        "%",
-        "pct",
-        "apples",
-        "and",
-        "or",
-        ",",
-        ".",
-        ":",
-        ";",
-        "####",
-        "**",
-        "{",
-        "}",
-        "a",
-        "x",
-        "=",
-        "total:",
-        "is",
-        "was",
-        "5",
-        "16",
-        "3/4",
-        "\\frac{1}{2}",
-        "\\boxed{3}",
-        "\\text{a}",
-        "\\(",
-        "\\)",
-        "\\[",
-        "\\]",
-        "!",
-        ">",
-        "<",
-        "#",
-        "'",
-        "€",
-        "٣",
-        "ſ",
-        "\xa0",
-    ]
+TEXTS = (
+    "so the answer is final Answer: I hope it = + - * / $ $$ [ ] ( ) percent % pct apples and "
+    "or , . : ; #### ** { } a x = total: is was 5 16 3/4 \\frac{1}{2} \\boxed{3} \\text{a} "
+    "\\( \\) \\[ \\] ! > < # ' \u20ac \u0663 \u017f \u00a0"
 )
+WORDS = st.sampled_from(TEXTS.split(" "))
 LEADS = st.sampled_from(
     [
         *("#### ", "The answer is ", "answer: ", "Answer: ", "The final answer is ", "so x = "),
@@ -102,7 +45,7 @@ LEADS = st.sampled_from(
             "$$\\boxed{",
             "The final answer is $\\boxed{",
             "The final answer is: \\boxed{",
-            "anſwer ",
+            "an\u017fwer ",
         ),
     ]
 )

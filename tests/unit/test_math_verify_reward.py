@@ -19,6 +19,12 @@ from nested_reft_mcore.rewards.math_verify import math_verify_reward
         ("it is 72", "48/2 = 24, 48+24 = 72\n#### 72", 1.0),
         ("it is 24", "48/2 = 24, 48+24 = 72\n#### 72", 0.0),
         ("", "43", 0.0),
+        (r"\boxed{\$36}", r"\$36", 1.0),
+        (r"\boxed{32348}", r"\$32,\!348", 1.0),
+        ("the answer 3 is wrong, 21 - 12 = 9 answered so\n#### 9", "9", 1.0),
+        ("#### 9\nbut the answer is 3", "9", 0.0),
+        (r"so \boxed{8}, not #### 9", "9", 0.0),
+        (r"\boxed{x_0 + $ $y / z}", "x_0 + $ $y / z", 1.0),
     ],
 )
 def test_value(completion, answer, value):
