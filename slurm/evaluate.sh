@@ -7,9 +7,9 @@
 #SBATCH --time=02:00:00
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
-# Full-depth accuracy: sbatch slurm/evaluate.sh CONFIG.yaml [--checkpoint DIR] [--output FILE] [...]
+# Accuracy: sbatch slurm/evaluate.sh CONFIG.yaml [--checkpoint DIR] [--skip-layers LIST] [...]
 # Arguments are those of `nested-reft evaluate`. Without --checkpoint and --hf it is the
-# configuration's model.
+# configuration's model. Submitted again, it goes on where a killed one was.
 
 cd "${SLURM_SUBMIT_DIR:-.}" && source slurm/lib.sh || exit 2
 is_config "${1-}" || fail "expected CONFIG.yaml first: sbatch slurm/evaluate.sh CONFIG.yaml"

@@ -28,7 +28,16 @@ MEANS = {
     "tokens_per_second": "perf/generated_tokens_per_second",
     "seconds_per_step": "timing_s/step",
 }
-GREEDY = "val-core/eval/reward/greedy"
+
+
+def greedy_accuracy(line: dict[str, Any]) -> float | None:
+    """Of the full policy, the mean over the sets; None where the line has no evaluation."""
+    found = [
+        value
+        for name, value in line.items()
+        if name.startswith("val-core/") and name.endswith("/reward/greedy") and "@skip=" not in name
+    ]
+    return statistics.fmean(found) if found else None
 
 
 def row_of(run_dir: Path) -> dict[str, Any] | None:
@@ -38,7 +47,7 @@ def row_of(run_dir: Path) -> dict[str, Any] | None:
     if not steps:
         return None
     config = load_config(run_dir / "config.yaml", ())
-    greedy = [line[GREEDY] for line in lines if GREEDY in line]
+    greedy = [found for line in lines if (found := greedy_accuracy(line)) is not None]
     last = steps[-LAST_STEPS:]
     return {
         "run": run_dir.name,

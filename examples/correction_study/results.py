@@ -77,7 +77,7 @@ def row_of(run: StudyRun, root: Path) -> dict[str, Any]:
     for step, name in ((0, run.start), (len(steps), run.name)):
         apart = root / str(name) / EVALUATION_FILE
         if apart.is_file():
-            metrics = json.loads(apart.read_text(encoding="utf-8"))
+            metrics = json.loads(apart.read_text(encoding="utf-8"))["metrics"]
             evaluations.append(evaluation_of({"step": step, **metrics}))
     if not steps or not evaluations:
         raise ValueError(f"{directory}: no steps or no evaluation in its metrics")

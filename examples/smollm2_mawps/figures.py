@@ -30,7 +30,11 @@ def table(lines: list[dict[str, float]]) -> list[str]:
             cells = [f"{line[metric]:{form}}" for _, metric, form in COLUMNS]
             rows.append(f"{line['step']:4.0f}" + "".join(cells))
     for line in lines:
-        found = {name[len(ACCURACY) :]: v for name, v in line.items() if name.startswith(ACCURACY)}
+        found = {
+            name[len(ACCURACY) :]: value
+            for name, value in line.items()
+            if name.startswith(ACCURACY) and not name.endswith(("/low", "/high"))
+        }
         if found:
             share = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
             rows.append(

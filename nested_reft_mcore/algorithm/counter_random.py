@@ -46,6 +46,8 @@ class Stream(IntEnum):
     """Which data set a place of the stream belongs to."""
     SELECTION = 10
     """Draws from what is believed of prompts."""
+    BOOTSTRAP = 11
+    """Which prompts an evaluation's interval counts again."""
 
 
 def uniform(*key: int) -> float:

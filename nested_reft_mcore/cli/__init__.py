@@ -15,6 +15,7 @@ from nested_reft_mcore.cli.atlas import atlas
 from nested_reft_mcore.cli.bench import bench_app
 from nested_reft_mcore.cli.checking import doctor, preflight
 from nested_reft_mcore.cli.data import data_app
+from nested_reft_mcore.cli.evaluate import evaluate
 from nested_reft_mcore.cli.options import (
     Checkpoint,
     ConfigFile,
@@ -64,6 +65,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 app.command()(atlas)
 app.command()(doctor)
+app.command()(evaluate)
 app.command()(preflight)
 app.command()(plan)
 app.command()(probe)
@@ -104,7 +106,7 @@ def describe(
       nested-reft plan config.yaml --nodes 2    does it fit?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
-      nested-reft evaluate config.yaml          full-depth accuracy
+      nested-reft evaluate config.yaml          accuracy, full and nested
       nested-reft convert mcore-to-hf ...       take the model away
 
     \b
@@ -170,32 +172,6 @@ def sft(
     from nested_reft_mcore.cli.runs import run_sft, with_model
 
     leave(lambda: run_sft(config, with_model(overrides or [], hf, checkpoint)))
-
-
-@app.command()
-def evaluate(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    hf: Hf = None,
-    checkpoint: Checkpoint = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures here as JSON.")
-    ] = None,
-) -> None:
-    """Judge the full-depth model on held-out prompts, greedy and sampled.
-
-    Reads the `evaluation` section and data.eval_path. Without --checkpoint and --hf it is the
-    configuration's model, or what its run has saved last if that model starts from fresh weights.
-
-    \b
-    Examples:
-      nested-reft evaluate config.yaml --checkpoint runs/first/checkpoints
-      nested-reft evaluate config.yaml evaluation.num_samples=4 --output accuracy.json
-    """
-    from nested_reft_mcore.cli.entry import leave
-    from nested_reft_mcore.cli.runs import run_evaluate, with_model
-
-    leave(lambda: run_evaluate(config, with_model(overrides or [], hf, checkpoint), output))
 
 
 @app.command()

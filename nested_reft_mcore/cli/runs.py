@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from nested_reft_mcore.cli.entry import Job, run_job
+from nested_reft_mcore.cli.files import check_skip_layers
 from nested_reft_mcore.cli.preflight import needs_of
 from nested_reft_mcore.config.checkpoint_layout import LATEST_FILE
 from nested_reft_mcore.config.checks import (
@@ -55,11 +56,21 @@ def run_sft(path: Path, overrides: Sequence[str]) -> int:
     return _run(path, overrides, work, check_for_warm_up, check_warm_up_batches)
 
 
-def run_evaluate(path: Path, overrides: Sequence[str], output: Path | None) -> int:
-    """Full-depth evaluation; returns the exit code. Raises UserError.
+def run_evaluate(
+    path: Path | None,
+    overrides: Sequence[str],
+    hf: str | None,
+    checkpoint: str | None,
+    output: Path | None,
+    *,
+    restart: bool = False,
+) -> int:
+    """Evaluation; returns the exit code. Raises UserError.
 
-    A configuration whose model has fresh weights stands for what its own run has saved.
+    Without a model on the command line, a configuration whose model has fresh weights stands for
+    what its own run has saved. `path` may be absent if the overrides say all that is needed.
     """
+    overrides = with_model(overrides, hf, checkpoint)
     config = load_config(path, overrides)
     if config.model.architecture is not None:
         checkpoints = Path(config.run_dir) / "checkpoints"
@@ -73,13 +84,13 @@ def run_evaluate(path: Path, overrides: Sequence[str], output: Path | None) -> i
     def work(config: Config, context: ParallelContext, stop: StopSignals) -> int:
         from nested_reft_mcore.training.evaluation_run import run_evaluation
 
-        return run_evaluation(config, context, output)
+        return run_evaluation(config, context, output, restart=restart)
 
     return _run(path, overrides, work, check_for_evaluation)
 
 
 def _run(
-    path: Path,
+    path: Path | None,
     overrides: Sequence[str],
     work: Work,
     check: Callable[[Config], None],
@@ -96,6 +107,8 @@ def _run(
         if config.nested.law == "sensitivity":
             read_sensitivity(config.nested, architecture)
         check(config)
+        for text in config.evaluation.skip_layers:
+            check_skip_layers(text, architecture)
         return Job(
             parallel=config.parallel,
             architecture=architecture,

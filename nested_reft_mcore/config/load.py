@@ -21,7 +21,7 @@ from nested_reft_mcore.config.base import Section
 from nested_reft_mcore.config.checks import check_config
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.schema import Config
-from nested_reft_mcore.config.yaml_reader import parse_value, read_yaml, write_yaml
+from nested_reft_mcore.config.yaml_reader import YamlFile, parse_value, read_yaml, write_yaml
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -29,13 +29,15 @@ CONFIG_FILE = "config.yaml"
 """The resolved configuration of a run, in its directory and in its checkpoints."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, apply `section.field=value` overrides, and check the result.
+
+    Without a file the overrides are all there is.
 
     Raises:
         UserError: for whatever is wrong with it; all mistakes of one kind are told at once.
     """
-    file = read_yaml(path)
+    file = YamlFile(Path("command line"), {}, {}) if path is None else read_yaml(path)
     sources = {key: f"{file.path}:{line}" for key, line in file.lines.items()}
     data = file.data
     for override in overrides:

@@ -261,14 +261,14 @@ class SftConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Full-depth evaluation on held-out prompts."""
+    """Evaluation on held-out prompts: at full depth, and nested if `skip_layers` says so."""
 
     interval: int = Field(default=10, ge=0)
     """Steps between evaluations; 0 turns them off."""
     before_training: bool = True
     """Also evaluate before the first step."""
     num_prompts: int | None = Field(default=None, gt=0)
-    """Use the first n prompts of the file."""
+    """Use n prompts of each set, evenly spread over it."""
     num_samples: int = Field(default=1, ge=0)
     """Sampled completions of each prompt, beside the greedy one."""
     temperature: float = Field(default=1.0, gt=0)
@@ -277,6 +277,8 @@ class EvaluationConfig(Section):
     """Keep the k likeliest tokens of the sampled completions."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Keep the smallest set of tokens with this mass."""
+    skip_layers: tuple[str, ...] = ()
+    """Also evaluate without these layers and parts; each entry is a plan, as in `3,5.attention`."""
 
 
 class CheckpointConfig(Section):

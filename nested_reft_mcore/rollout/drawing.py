@@ -31,11 +31,11 @@ class Drawing:
         num_sequences: int,
         num_slots: int,
         most_drafted: int,
-        first_prompt_index: int,
+        prompt_indices: Sequence[int],
     ) -> None:
         """`most_drafted`: tokens that a row may draft before they are verified."""
         self._sampling = sampling
-        self._first_prompt_index = first_prompt_index
+        self._prompt_indices = prompt_indices
         self._device = model.device
         self._shard = {
             "vocab_start": model.vocab_start,
@@ -124,7 +124,7 @@ class Drawing:
 
     def _keys(self, rows: Sequence[Row]) -> tuple[int | Tensor, ...]:
         """Seed, step, prompt and sample of each row."""
-        prompts = self._tensor([r.completion.prompt + self._first_prompt_index for r in rows])
+        prompts = self._tensor([self._prompt_indices[r.completion.prompt] for r in rows])
         samples = self._tensor([row.completion.sample for row in rows])
         return self._sampling.seed, self._sampling.step, prompts[:, None], samples[:, None]
 

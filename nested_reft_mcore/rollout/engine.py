@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.rollout.completion import Detokenize, StopRule
+from nested_reft_mcore.rollout.completion import Completion, Detokenize, StopRule
 from nested_reft_mcore.rollout.decode_model import DecodeModel
 from nested_reft_mcore.rollout.draft_length import DraftLength
 from nested_reft_mcore.rollout.drawing import Drawing
@@ -72,6 +72,8 @@ class RolloutEngine:
         *,
         draft_plan: LayerSkipPlan | None = None,
         first_prompt_index: int = 0,
+        prompt_indices: Sequence[int] | None = None,
+        on_finished: Callable[[Completion], None] | None = None,
         detokenize: Detokenize | None = None,
         interrupted: Callable[[], bool] | None = None,
     ) -> RolloutBatch:
@@ -80,7 +82,11 @@ class RolloutEngine:
         All processes of the tensor and pipeline groups call it with the same arguments. `plan` must
         be the policy's plan of the moment. `first_prompt_index` is the first prompt's place in the
         step's global batch: it keys the random numbers, so that replicas with a part of the prompts
-        each draw what one replica with all of them would.
+        each draw what one replica with all of them would. `prompt_indices` gives the place of each
+        prompt instead, where they are not in a row.
+
+        `on_finished` gets each completion, token ids without log-probs, as soon as it ends; on
+        every process, in the order of the process's own rounds.
 
         With `draft_plan` the policy under that plan proposes tokens, and under `plan` it verifies
         them (self-speculation, arXiv 2211.17192): the completions follow `plan`'s distribution
@@ -95,6 +101,8 @@ class RolloutEngine:
         sequence fit.
         """
         rule = StopRule(sampling, detokenize)
+        if prompt_indices is None:
+            prompt_indices = range(first_prompt_index, first_prompt_index + len(prompts))
         _check(model, prompts, num_samples, rule, plan)
         if not prompts:
             return RolloutBatch((), num_samples, plan, RolloutStats(0, 0.0))
@@ -112,6 +120,7 @@ class RolloutEngine:
             max_num_batched_tokens=self.max_num_batched_tokens,
             batching=self.batching,
             draft_length=_draft_length(plan, draft_plan, most_drafted),
+            on_finished=on_finished,
         )
         scheduler.submit(prompts, num_samples)
         with torch.inference_mode():
@@ -125,13 +134,13 @@ class RolloutEngine:
                     num_sequences=num_sequences,
                     num_slots=num_slots,
                     most_drafted=most_drafted,
-                    first_prompt_index=first_prompt_index,
+                    prompt_indices=prompt_indices,
                 ),
                 plan,
                 draft_plan or plan,
             )
             generation.run(interrupted)
-            rollouts = generation.rollouts(prompts, first_prompt_index, detokenize)
+            rollouts = generation.rollouts(prompts, prompt_indices, detokenize)
             stats = generation.stats(num_slots, time.perf_counter() - started)
         return RolloutBatch(rollouts, num_samples, plan, stats)
 

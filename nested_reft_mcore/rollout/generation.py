@@ -113,7 +113,7 @@ class Generation(Generic[Cache]):
     def rollouts(
         self,
         prompts: Sequence[Prompt],
-        first_prompt_index: int,
+        prompt_indices: Sequence[int],
         detokenize: Detokenize | None,
     ) -> tuple[Rollout, ...]:
         """Every completion with its record; the last stage tells the others its part of it."""
@@ -132,7 +132,7 @@ class Generation(Generic[Cache]):
             token_ids = tuple(completion.token_ids)
             return Rollout(
                 prompt=prompts[completion.prompt],
-                prompt_index=first_prompt_index + completion.prompt,
+                prompt_index=prompt_indices[completion.prompt],
                 sample_index=completion.sample,
                 token_ids=token_ids,
                 behavior_logprobs=tuple(row[: len(token_ids)]),

@@ -14,7 +14,7 @@ prompt is decoded by each sample itself, which gives its first logits.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -119,8 +119,11 @@ class Scheduler:
         max_num_batched_tokens: int,
         batching: Batching = "continuous",
         draft_length: DraftLength | None = None,
+        on_finished: Callable[[Completion], None] | None = None,
     ) -> None:
         """There are at most `num_slots` lanes; with `draft_length` rows draft before they decode.
+
+        `on_finished` gets each completion as soon as its last token is known.
 
         `max_num_batched_tokens` bounds the tokens of a pass, but one token of each row always runs.
         """
@@ -132,6 +135,7 @@ class Scheduler:
         self._batching: Batching = batching
         self._max_num_batched_tokens = max_num_batched_tokens
         self._draft_length = draft_length
+        self._on_finished = on_finished
         num_lanes = min(num_lanes, num_slots)
         ends = [num_slots * (lane + 1) // num_lanes for lane in range(num_lanes)]
         self.lanes = [
@@ -183,6 +187,8 @@ class Scheduler:
             accepted.append(self._extend(row, sampled, now))
             if row.completion.finish_reason == "nan":
                 broken.append(row.slot)
+            if row.completion.finish_reason is not None and self._on_finished is not None:
+                self._on_finished(row.completion)
         if self._draft_length is not None and step.rows:
             self._draft_length.update(step.num_drafted, accepted)
             self.drafted_tokens += step.num_drafted * len(step.rows)

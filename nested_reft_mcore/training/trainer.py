@@ -166,7 +166,8 @@ def _conclude(
     evaluation: dict[str, float] = {}
     if evaluator is not None and (step == 0 or run.is_due(config.evaluation.interval)):
         with run.timers("testing"):
-            evaluation = evaluator(run.directory / "evaluation" / f"step_{step:06d}.jsonl")
+            path = run.directory / "evaluation" / f"step_{step:06d}.jsonl"
+            evaluation = evaluator(path).metrics
     run.state.owed = None
     if step == 0:
         run.log(metrics | evaluation)
@@ -237,7 +238,7 @@ def _experience_source(run: Run, judge: Judge, evaluator: Evaluator | None) -> E
         return ReplayedExperience(run.config, run.policy)
     prompts = load_training_prompts(run.config.data, run.tokenizer)
     check_room(prompts.prompts, run.config.rollout.max_new_tokens, run.policy.architecture)
-    held_out = () if evaluator is None else evaluator.prompts.prompts
+    held_out = () if evaluator is None else evaluator.prompts
     overlap = report_overlap(prompts.prompts, held_out)
     return GeneratedExperience(
         run.config,

@@ -336,10 +336,12 @@ def test_evaluate_prints_what_the_run_measured(room: Path, whole: Path) -> None:
     trained = ("--checkpoint", "whole/checkpoints", "run_dir=measured", "--output", "figures.json")
     out, _ = run(room, "evaluate", "config.yaml", *trained)
     last = [line for line in metrics_of(whole) if EVALUATION[0] in line][-1]
-    measured = json.loads((room / "figures.json").read_text())
+    measured = json.loads((room / "figures.json").read_text())["metrics"]
     for name in EVALUATION:
         assert measured[name] == pytest.approx(last[name])
-        assert any(line.split() == [name, f"{last[name]:.6g}"] for line in out.splitlines())
+    low, high = (last[f"val-core/eval/reward/mean@2/{end}"] for end in ("low", "high"))
+    shown = f"{100 * last['val-core/eval/reward/mean@2']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    assert shown in out
     completions = (room / "figures.completions.jsonl").read_text()
     assert completions == (whole / "evaluation" / "step_000008.jsonl").read_text()
 

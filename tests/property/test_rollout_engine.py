@@ -5,6 +5,8 @@ Pipelines of processes and the transformer are tested in tests/distributed.
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 from hash_model import DRAFT_PLAN, PLAN, VOCAB_SIZE, HashModel
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from nested_reft_mcore.algorithm.counter_random import Stream, uniforms
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.rollout.completion import Completion
 from nested_reft_mcore.rollout.engine import RolloutEngine
 from nested_reft_mcore.rollout.sampling import sample_tokens
 from nested_reft_mcore.rollout.types import Prompt, SamplingParams
@@ -106,6 +109,37 @@ def test_rollouts_equal_completions_made_alone(
     most = max(1, engine.max_num_batched_tokens)
     for tokens in model.passes:
         assert tokens.num_tokens <= most or sum(p.length for p in tokens.pieces) <= 1
+
+
+@settings(max_examples=20)
+@given(PROMPTS, st.integers(1, 3), ENGINES, st.randoms(use_true_random=False))
+def test_places_may_be_given_and_completions_are_told_as_they_end(
+    prompts: list[Prompt], num_samples: int, engine: RolloutEngine, random: Random
+) -> None:
+    """A part of a batch, in any order, has the completions that it has in the whole."""
+    sampling = SamplingParams(12, stop_token_ids=(2, 5), seed=3, step=5)
+    model = HashModel()
+    places = [(7 << 32) | place for place in range(len(prompts))]
+    whole = engine.generate(model, prompts, num_samples, sampling, PLAN, prompt_indices=places)
+    chosen = random.sample(range(len(prompts)), random.randint(1, len(prompts)))
+    told = []
+
+    def finished(completion: Completion) -> None:
+        told.append((completion.prompt, completion.sample, tuple(completion.token_ids)))
+        assert completion.finish_reason in ("stop", "length")
+
+    part = engine.generate(
+        *(model, [prompts[i] for i in chosen], num_samples, sampling, PLAN),
+        prompt_indices=[places[i] for i in chosen],
+        on_finished=finished,
+    )
+    expected = {(r.prompt_index, r.sample_index): r.token_ids for r in whole.rollouts}
+    for rollout in part.rollouts:
+        assert rollout.token_ids == expected[rollout.prompt_index, rollout.sample_index]
+    # Each once.
+    assert sorted(told) == sorted(
+        (chosen.index(r.prompt_index & 0xFFFF), r.sample_index, r.token_ids) for r in part.rollouts
+    )
 
 
 @settings(max_examples=20)

@@ -125,7 +125,7 @@ def test_converting_and_evaluating(room: JobRoom, jobs: dict[str, Job]) -> None:
     greedy = "val-core/eval/reward/greedy"
     last = [line for line in metrics_of(room.directory / "by_srun") if greedy in line][-1]
     assert last["step"] == NUM_STEPS
-    found = json.loads(figures.read_text())
+    found = json.loads(figures.read_text())["metrics"]
     assert found[greedy] == last[greedy]
     length = "val-aux/eval/response_length/greedy"
     assert found[length] == last[length]

@@ -1,0 +1,78 @@
+"""`nested-reft evaluate` as a user starts it: no configuration file, killed, started again."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from inference_cases import read_lines, write_lines, write_model_with_tokenizer
+from run_cases import finish, run, start
+
+from nested_reft_mcore.launch.faults import FAULT_VARIABLE
+
+COMMAND = (
+    *("evaluate", "--hf", "model", "--data", "gsm8k=rows.jsonl", "--data", "own=own.jsonl"),
+    *("--num-samples", "2", "--max-new-tokens", "6", "--skip-layers", "1"),
+)
+SETTINGS = ("reward.name=numeric_match", "rollout.max_slots=2", "seed=4")
+DEFAULT = Path("runs/model/evaluate")
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    room = tmp_path_factory.mktemp("evaluate")
+    # Weights as `generate` reads them; GSM8K's own fields, and a set with the default ones.
+    write_model_with_tokenizer(room / "model")
+    rows = [{"question": f"w{i} w5", "answer": f"so w1\n#### {i}"} for i in range(20, 24)]
+    write_lines(room / "rows.jsonl", rows)
+    write_lines(room / "own.jsonl", [{"prompt": "w9", "answer": 3}])
+    return room
+
+
+def test_a_killed_evaluation_goes_on_and_others_are_refused(room: Path):
+    fault = {FAULT_VARIABLE: "mid-evaluation@4:0"}
+    code, _, err = finish(start(room, *COMMAND, *SETTINGS, **fault))
+    assert code == -signal.SIGKILL, err
+    parts = list((room / DEFAULT / "parts").glob("start_*.jsonl"))
+    num_kept = sum(len(read_lines(path)) for path in parts)
+    assert 0 < num_kept < 30
+
+    _, err = run(room, *COMMAND, *SETTINGS, "evaluation.temperature=0.5", code=2)
+    assert "sampling.temperature was 1.0, is 0.5" in err
+    assert "--restart" in err
+    assert "Traceback" not in err
+
+    out, _ = run(room, *COMMAND, *SETTINGS)
+    for word in ("gsm8k", "own", "skip 1", "greedy", "avg@2", "pass@2", "maj@2", "tokens/s"):
+        assert word in out
+    assert f"evaluate {num_kept}/30" in out
+    assert "evaluate 30/30" in out
+    completions = read_lines(room / DEFAULT / "completions.jsonl")
+    assert len(completions) == 5 * 2 * 3
+    assert {line["answer"] for line in completions} == {"20", "21", "22", "23", "3"}
+    written = json.loads((room / DEFAULT / "metrics.json").read_text())
+    assert written["settings"]["weights"]["kind"] == "hf"
+    assert written["environment"]["versions"]["torch"]
+    assert not (room / DEFAULT / "parts").exists()
+    assert sum(one["generated_tokens"] for one in written["speed"]) < sum(
+        line["num_tokens"] for line in completions
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("evaluate", "--data", "gsm8k=rows.jsonl"), "no model: expected --hf DIR"),
+        (("evaluate", "--hf", "model"), "needs held-out prompts"),
+        (("evaluate", "--hf", "model", "--data", "a:b=rows.jsonl"), "no preset 'b'"),
+        (("evaluate", "--hf", "model", "--data", "gsm8k=gone.jsonl"), "gone.jsonl does not exist"),
+        ((*COMMAND, "--skip-layers", "77"), "--skip-layers 77"),
+        ((*COMMAND, "evaluation.num_sample=3"), "did you mean `evaluation.num_samples`?"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(room: Path, arguments, said):
+    _, err = run(room, *arguments, code=2)
+    assert said in err
+    assert "Traceback" not in err
