@@ -21,6 +21,9 @@ from nested_reft_mcore.training.replicas import (
     is_replica_writer,
 )
 
+_MAX_REASON = 200
+"""Most characters of an error that are kept."""
+
 
 class Judge:
     """The verifiable reward behind its worker processes. A context manager."""
@@ -40,6 +43,7 @@ class Judge:
         self._context = context
         self._on_dead = on_dead
         self._has_judged = False
+        self._failures: dict[tuple[str, str], str] = {}
         self._pool: RewardPool | None = None
         if is_replica_writer(context):
             self._pool = RewardPool(config.name, config.num_workers, config.deadline_seconds)
@@ -69,14 +73,30 @@ class Judge:
 
     def _score(self, pool: RewardPool, items: Sequence[RewardItem]) -> list[float]:
         try:
-            values = [result.value for result in pool.score(items)]
+            results = pool.score(items)
         except (UserError, OSError) as error:
             if self._on_dead is None or not self._has_judged:
                 raise
             self._on_dead(f"rewards cannot be judged any more: {error}")
             return [0.0] * len(items)
         self._has_judged = True
-        return values
+        for item, result in zip(items, results, strict=True):
+            if result.error is not None:
+                reason = "timeout" if result.timed_out else result.error[:_MAX_REASON]
+                self._failures[item.prompt, item.completion] = reason
+        return [result.value for result in results]
+
+    def failures(self) -> dict[tuple[str, str], str]:
+        """Why items could not be judged since the last call, by prompt and completion.
+
+        `timeout`, or the error's text. Of all replicas: groups may have moved since they were
+        judged. Every process calls it.
+        """
+        mine, self._failures = self._failures, {}
+        known: dict[tuple[str, str], str] = {}
+        for part in gather_from_replicas(broadcast_in_replica(mine, self._context), self._context):
+            known |= part
+        return known
 
     def metrics(self) -> dict[str, float]:
         """Items of the whole run that could not be judged, over all replicas."""
