@@ -38,6 +38,7 @@ from nested_reft_mcore.cli.options import (
 )
 from nested_reft_mcore.cli.plan import plan
 from nested_reft_mcore.cli.probe import probe
+from nested_reft_mcore.cli.report import report
 
 app = typer.Typer(
     name="nested-reft",
@@ -65,6 +66,7 @@ app.command()(doctor)
 app.command()(preflight)
 app.command()(plan)
 app.command()(probe)
+app.command()(report)
 
 SkipLayers = Annotated[
     str | None,
@@ -101,6 +103,7 @@ def describe(
       nested-reft plan config.yaml --nodes 2    does it fit?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
+      nested-reft report runs/first             what happened, on one page
       nested-reft evaluate config.yaml          full-depth accuracy
       nested-reft convert mcore-to-hf ...       take the model away
 
