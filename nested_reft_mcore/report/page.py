@@ -25,7 +25,7 @@ def packed(value: Any) -> str:
     Raises ValueError for a number that is not finite.
     """
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return base64.b64encode(zlib.compress(text.encode("ascii"), 9)).decode("ascii")
+    return base64.b64encode(zlib.compress(text.encode("ascii"), 6)).decode("ascii")
 
 
 def render_page(title: str, blocks: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ CONFIG_FILE = "config.yaml"
 PLAN = "nested/plan"
 """Name of the one text in a line of metrics: what the step skipped."""
 _RUN_FILES = (METRICS_FILE, CONFIG_FILE, "rollouts")
+_BETWEEN_STEPS = ("testing", "save_checkpoint")
+_LEAST_PAUSE = 20.0
+"""Seconds: a start takes longer than the pauses of a run that goes on."""
 _LATE = ("timing_s/", "checkpoint/")
 """A line with nothing but these belongs to a step that has a line already."""
 
@@ -173,6 +177,19 @@ def _add(step: dict[str, float | None], late: Mapping[str, float | None]) -> Non
             step[name] = value
 
 
+def _pauses(steps: Sequence[Mapping[str, float | None]]) -> list[float]:
+    """Seconds between two steps that no timer accounts for, where they are many."""
+    gaps, own = [], []
+    for before, step in pairwise(steps):
+        start, end, took = before.get("time"), step.get("time"), step.get("timing_s/step")
+        if start is None or end is None or took is None:
+            continue
+        own.append(took + sum(step.get(f"timing_s/{phase}") or 0.0 for phase in _BETWEEN_STEPS))
+        gaps.append(end - start - own[-1])
+    usual = sorted(own)[len(own) // 2] if own else 0.0
+    return [gap for gap in gaps if gap > max(_LEAST_PAUSE, 3 * usual)]
+
+
 def _state(run: RunRecord) -> list[str]:
     """How far the run is, and what is unusual about its numbers."""
     notes = []
@@ -184,6 +201,12 @@ def _state(run: RunRecord) -> list[str]:
         if not (run.directory / "requeue").exists():
             why = "it is still running, or was ended"
         notes.append(f"unfinished: {run.last_step} of {wanted} steps ({why})")
+    pauses = _pauses(run.steps)
+    if pauses:
+        notes.append(
+            f"resumed: {len(pauses)} pauses between steps, {sum(pauses) / 60:,.0f} minutes in all; "
+            "wall time includes them"
+        )
     earlier = sorted(run.directory.glob("metrics.*.jsonl"))
     if earlier:
         names = ", ".join(path.name for path in earlier)

@@ -89,6 +89,17 @@ def test_an_unfinished_run_says_how_far_it_is(tmp_path: Path, requeue: bool, rea
     assert reason in note
 
 
+def test_a_pause_between_steps_tells_of_a_resume(tmp_path: Path):
+    times = [0.0, 10.0, 20.0, 3620.0, 3630.0, 3665.0]
+    lines = [
+        # The last step evaluates for 25 seconds: no pause.
+        {**reward(i, 0.5), "time": t, "timing_s/step": 9.5, "timing_s/testing": 25.0 * (i == 5)}
+        for i, t in enumerate(times)
+    ]
+    (note,) = [n for n in read_run(write_metrics(tmp_path, *lines), "r").notes if "resumed" in n]
+    assert "1 pauses between steps, 60 minutes" in note
+
+
 def test_an_empty_run_is_a_run(tmp_path: Path):
     write_metrics(tmp_path)
     write_config(tmp_path, 8)

@@ -30,8 +30,8 @@ function drawn(tag, attributes, parent) {
 }
 
 // Okabe and Ito's colours, lighter ones on a dark ground; dashes tell runs apart without colour.
-const LIGHT = ["#0072b2", "#d55e00", "#009e73", "#b0598a", "#a07400", "#3a8fc2", "#6b6b6b"];
-const DARK = ["#56b4e9", "#f0953f", "#37c492", "#e08fbd", "#e6c229", "#8fa8ff", "#b8b8b8"];
+const LIGHT = ["#0072b2", "#d55e00", "#009e73", "#b0598a", "#a07400", "#3a8fc2", "#6b6b6b", "#7a5bb0", "#3f3f3f"];
+const DARK = ["#56b4e9", "#f0953f", "#37c492", "#e08fbd", "#e6c229", "#8fa8ff", "#b8b8b8", "#b79cf0", "#868686"];
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 4"];
 const darkQuery = matchMedia("(prefers-color-scheme: dark)");
 const colour = (index) => (darkQuery.matches ? DARK : LIGHT)[index % LIGHT.length];

@@ -186,13 +186,13 @@ function drawLine(svg, line, px, py) {
   }
 }
 
-// Stacked areas of one run: parts are [{label, values}], all as long as the run's steps.
+// Stacked areas of one run: parts are [{label, hue, values}], all as long as the run's steps.
 function stackChart(title, unit, run, parts) {
   const legend = make("span", { class: "swatches" });
   const element = figure(title, "", legend);
   element.draw = (svg, width) => {
-    legend.replaceChildren(...parts.map((part, i) => make("span", { class: "swatch" },
-      make("i", { style: `background:${colour(i)};opacity:.8` }), part.label)));
+    legend.replaceChildren(...parts.map((part) => make("span", { class: "swatch" },
+      make("i", { style: `background:${colour(part.hue)};opacity:.8` }), part.label)));
     const x = xOf(run), rows = [];
     const soft = parts.map((part) => smoothed(part.values, state.smoothing));
     x.forEach((value, i) => {
@@ -204,16 +204,16 @@ function stackChart(title, unit, run, parts) {
     const top = state.shares ? 100 : Math.max(...rows.map((row) => row.total));
     const { px, py } = axes(svg, width, range(rows.map((row) => row.x), 0), [0, top]);
     let floor = rows.map(() => 0);
-    parts.forEach((_, k) => {
+    parts.forEach((part, k) => {
       const roof = rows.map((row, i) => floor[i] + row.sizes[k]);
       const up = rows.map((row, i) => [px(row.x), py(roof[i])]), down = rows.map((row, i) => [px(row.x), py(floor[i])]);
-      drawn("path", { d: pathOf(up) + pathOf(down.reverse()).replace(/M/, "L") + "Z", fill: colour(k), opacity: 0.8 }, svg);
+      drawn("path", { d: pathOf(up) + pathOf(down.reverse()).replace(/M/, "L") + "Z", fill: colour(part.hue), opacity: 0.8 }, svg);
       floor = roof;
     });
     drawn("text", { x: LEFT, y: HEIGHT - 3 }, svg).textContent = state.shares ? "% of the step" : unit;
     follow(svg, rows.map((row) => row.x), px, (event, at) => {
       const row = rows[nearest(rows, (one) => Math.abs(one.x - at))];
-      showTip(event, `${xText(at)} · ${duration(row.total)}`, parts.map((part, k) => [colour(k), part.label,
+      showTip(event, `${xText(at)} · ${duration(row.total)}`, parts.map((part, k) => [colour(part.hue), part.label,
         state.shares ? row.sizes[k].toFixed(1) + " %" : duration(row.sizes[k])]).reverse());
     });
   };

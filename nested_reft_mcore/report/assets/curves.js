@@ -18,11 +18,12 @@ const CHARTS = [
   ["Gradient norm", "before clipping", ["actor/grad_norm"]],
   ["Skipped updates, timeouts, errors", "count so far", ["training/skipped_updates", "reward/timeouts", "reward/errors"]],
 ];
+// Label, metric, colour: a phase looks the same in every run.
 const PHASES = [
-  ["generation", "timing_s/gen"], ["reward", "timing_s/reward"], ["old log-probs", "timing_s/old_log_prob"],
-  ["reference", "timing_s/ref"], ["update", "timing_s/update_actor"], ["diagnostics", "timing_s/diagnostics"],
+  ["generation", "timing_s/gen", 0], ["reward", "timing_s/reward", 4], ["old log-probs", "timing_s/old_log_prob", 2],
+  ["reference", "timing_s/ref", 5], ["update", "timing_s/update_actor", 1], ["diagnostics", "timing_s/diagnostics", 7],
 ];
-const AROUND = [["evaluation", "timing_s/testing"], ["saving", "timing_s/save_checkpoint"]];
+const AROUND = [["evaluation", "timing_s/testing", 3], ["saving", "timing_s/save_checkpoint", 8]];
 
 const isAccuracy = (name) => name.startsWith("val-core/");
 const has = (run, name) => numbers(run.metrics[name]).length > 0;
@@ -69,12 +70,12 @@ function drawCurves() {
 // Phases inside the step, what is left of it, and what runs between steps.
 function timeParts(run) {
   const parts = [...PHASES, ...AROUND].filter(([, name]) => sum(run.metrics[name]) > 0)
-    .map(([label, name]) => ({ label, values: run.metrics[name].map((value) => value ?? 0) }));
+    .map(([label, name, hue]) => ({ label, hue, values: run.metrics[name].map((value) => value ?? 0) }));
   const step = run.metrics["timing_s/step"];
   if (!step) return parts;
   const rest = step.map((whole, i) => whole == null ? 0 :
     Math.max(0, whole - sum(PHASES.map(([, name]) => run.metrics[name]?.[i]))));
-  return [...parts, { label: "rest of the step", values: rest }];
+  return [...parts, { label: "rest of the step", hue: 6, values: rest }];
 }
 
 function drawStacks() {
@@ -184,7 +185,7 @@ function drawConfig(parent, head) {
     const rows = names.map((name) => [name, ...runs.map((run) => read(key)(run, name))]);
     const differing = rows.filter((row) => new Set(row.slice(1)).size > 1);
     if (runs.length > 1 && differing.length) {
-      parent.append(make("details", { open: key === "config" },
+      parent.append(make("details", { open: key === "config" && differing.length <= 20 },
         make("summary", {}, `Differences in ${title} (${differing.length})`), table(head, differing)));
     }
     if (rows.length) parent.append(make("details", {}, make("summary", {}, `All of the ${title} (${rows.length})`), table(head, rows)));
