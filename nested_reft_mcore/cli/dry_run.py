@@ -13,6 +13,7 @@ from nested_reft_mcore.config.layout import needed_processes
 from nested_reft_mcore.config.load import load_config
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.planning.layout import Layout
+from nested_reft_mcore.planning.report import plan_report
 from nested_reft_mcore.planning.run_plan import make_plan
 
 
@@ -58,7 +59,7 @@ def run_dry(
         f"command: {shlex.join(['nested-reft', 'train', str(path), *whole])}",
         f"run directory: {Path(config.run_dir).absolute()}",
         *_places(plan.layout, range(node * local_size, (node + 1) * local_size)),
-        *plan.text().splitlines(),
+        *plan_report(plan).splitlines(),
         *_missing(config, missing),
     ]
     # One write: other nodes print at the same time.

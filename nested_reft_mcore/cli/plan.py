@@ -83,15 +83,16 @@ def run_plan(
     from nested_reft_mcore.config.errors import UserError
     from nested_reft_mcore.config.load import load_config
     from nested_reft_mcore.planning.hardware import load_hardware
+    from nested_reft_mcore.planning.report import plan_record, plan_report
     from nested_reft_mcore.planning.run_plan import make_plan
 
     config = load_config(path, overrides)
     profile = load_hardware(hardware, assumptions)
     made = make_plan(config, nodes, gpus_per_node, gpu_memory_gb, profile)
-    print(made.text(), flush=True)
+    print(plan_report(made), flush=True)
     if json_file is not None:
         try:
-            json_file.write_text(json.dumps(made.record(), indent=2) + "\n", encoding="utf-8")
+            json_file.write_text(json.dumps(plan_record(made), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json {json_file}: cannot be written: {error.strerror}") from None
     return 0 if made.fits else 1

@@ -77,6 +77,7 @@ class Hub:
         self._trouble_since = 0.0
         self._strangers: dict[Wire, float] = {}
         self._pulses: dict[Wire, Member] = {}
+        self._member_of: dict[Wire, Member] = {}
         self._listener = listen(local_only)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -149,7 +150,7 @@ class Hub:
                 self._selector.register(connection, selectors.EVENT_READ, wire)
             return
         wire = self._selector.get_key(source).data
-        member = next((one for one in self._members if one.wire is wire), None)
+        member = self._member_of.get(wire)
         try:
             for message in wire.receive():
                 if wire in self._pulses:
@@ -163,6 +164,7 @@ class Hub:
             source.close()
             self._strangers.pop(wire, None)
             self._pulses.pop(wire, None)
+            self._member_of.pop(wire, None)
             if member is not None:
                 member.wire = None
                 self._miss(member)
@@ -182,6 +184,7 @@ class Hub:
             self._pulses[wire] = member
             return None
         member.wire, member.last_heard = wire, time.monotonic()
+        self._member_of[wire] = member
         return member
 
     def _note(self, member: Member, message: dict[str, Any]) -> None:

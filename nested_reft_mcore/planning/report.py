@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.planning.generation_memory import CacheMemory
 from nested_reft_mcore.planning.memory import RankMemory
-
-if TYPE_CHECKING:
-    from nested_reft_mcore.planning.run_plan import RunPlan
+from nested_reft_mcore.planning.run_plan import RunPlan
 
 _MOST_STAGES = 8
 

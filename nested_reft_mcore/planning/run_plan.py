@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nested_reft_mcore.config.checks import (
     check_architecture,
@@ -29,7 +28,6 @@ from nested_reft_mcore.planning.memory import (
     rank_memory,
     usable_bytes,
 )
-from nested_reft_mcore.planning.report import plan_record, plan_report
 from nested_reft_mcore.planning.skip_gain import SkipGain, skip_gains, skip_plans
 from nested_reft_mcore.planning.step_time import StepModel, StepTime
 from nested_reft_mcore.planning.workload import Workload, workload_of
@@ -76,14 +74,6 @@ class RunPlan:
     def fits(self) -> bool:
         """Whether it does."""
         return not self.problems
-
-    def text(self) -> str:
-        """The plan for people."""
-        return plan_report(self)
-
-    def record(self) -> dict[str, Any]:
-        """The plan for programs: plain values, bytes and seconds."""
-        return plan_record(self)
 
 
 def make_plan(
@@ -154,17 +144,6 @@ def make_plan(
         model.decode.head_seconds() / model.decode.layer_seconds(),
         tuple(advice),
     )
-
-
-def plan_text(
-    config: Config,
-    nodes: int,
-    gpus_per_node: int,
-    gpu_memory_gb: float | None = None,
-    hardware: HardwareProfile | str = DEFAULT_HARDWARE,
-) -> str:
-    """The text of `make_plan`, which says what the arguments are and what is raised."""
-    return make_plan(config, nodes, gpus_per_node, gpu_memory_gb, hardware).text()
 
 
 def find_problems(

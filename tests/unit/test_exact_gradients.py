@@ -145,6 +145,24 @@ def test_trajectory_is_biased_where_the_behavior_never_goes(truncation):
     assert error(got + missing @ case.scores / 4, want) < EXACT
 
 
+@pytest.mark.parametrize("truncation", [{"top_k": 2}, {"top_p": 0.8}])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_trajectory_is_unbiased_where_the_target_never_goes_but_the_behavior_does(
+    objective, truncation
+):
+    """Support strictly inside: such completions have ratio 0, and their -inf reaches nothing."""
+    case = toy(4, 4)
+    cut = truncated(case.sampling.target, **truncation)
+    sampling = Sampling(case.space, cut, case.sampling.drawn_from)
+    never = case.space.probabilities(cut) == 0
+    assert bool((sampling.probabilities[never] > 0).any())
+    by_length = case.rewards / case.space.lengths
+    for mode, values in ((CONSTANT, case.rewards / 4), (OWN_LENGTH, by_length)):
+        settings = case.settings("trajectory", objective=objective, loss_agg_mode=mode)
+        got = batch_moments(sampling, settings, case.rewards, 1, case.gram).mean
+        assert error(got, policy_gradient(case.space, cut, values)) < EXACT
+
+
 # --- prefix ---
 
 

@@ -14,7 +14,8 @@ from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import load_config
 from nested_reft_mcore.planning.advice import changed
 from nested_reft_mcore.planning.hardware import BUILT_IN, load_hardware
-from nested_reft_mcore.planning.run_plan import make_plan, plan_text
+from nested_reft_mcore.planning.report import plan_report
+from nested_reft_mcore.planning.run_plan import make_plan
 
 EXAMPLES = Path(nested_reft_mcore.__file__).parents[1] / "examples"
 NODES = {"qwen2.5_math_1.5b": 1, "qwen2.5_math_7b": 1, "qwen2.5_32b": 2, "llama3.1_70b": 4}
@@ -32,17 +33,17 @@ def plan(name: str, *overrides: str, nodes: int = 1, memory: float = 80, hardwar
 def test_every_example_fits_on_80_gb_with_more_nodes_too(name: str):
     for factor in (1, 2):
         made = plan(name, nodes=NODES[name] * factor)
-        assert made.fits, made.text()
+        assert made.fits, plan_report(made)
         assert made.layout.data == made.layout.world_size // (
             made.layout.tensor * made.layout.pipeline
         )
-        assert "FITS" in made.text()
+        assert "FITS" in plan_report(made)
 
 
 def test_the_70b_needs_its_four_nodes():
     smaller = plan("llama3.1_70b", "parallel.pipeline_model_parallel_size=2", nodes=2)
     assert not smaller.fits
-    assert "DOES NOT FIT" in smaller.text()
+    assert "DOES NOT FIT" in plan_report(smaller)
 
 
 def test_advice_fits_when_it_is_followed():
@@ -60,7 +61,7 @@ def test_advice_fits_when_it_is_followed():
         again = make_plan(other, advice.change.nodes or 1, 8, 80)
         assert again.fits
         assert again.worst.peak[1] == advice.worst_bytes
-        assert str(advice.change) in made.text()
+        assert str(advice.change) in plan_report(made)
     keys = [key for advice in made.advice for key in advice.change.keys]
     assert "optimizer.use_distributed_optimizer" in keys
 
@@ -70,7 +71,7 @@ def test_where_nothing_helps_the_closest_is_shown():
     assert len(made.advice) == 1
     assert not made.advice[0].fits
     assert made.advice[0].worst_bytes < made.worst.peak[1]
-    assert "closest" in made.text()
+    assert "closest" in plan_report(made)
 
 
 def test_a_cache_too_small_for_one_sequence_does_not_fit():
@@ -122,7 +123,7 @@ def test_nothing_skipped_gains_nothing():
     assert plan("qwen2.5_math_7b", "nested.skip_ratio=0.0").gains == ()
     full = plan("qwen2.5_math_7b", "rollout.mode=full")
     assert full.gains == ()
-    assert "nothing is skipped" in full.text()
+    assert "nothing is skipped" in plan_report(full)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +162,10 @@ def test_the_shape_may_come_from_a_hugging_face_directory(tmp_path: Path):
     assert read.ranks == plan("qwen2.5_math_7b").ranks
 
 
-def test_text_for_a_dry_run():
+def test_hardware_by_name_is_the_profile_of_that_name():
     config = load_config(example("qwen2.5_math_7b"))
-    text = plan_text(config, nodes=1, gpus_per_node=8, gpu_memory_gb=80, hardware="a100-80")
-    assert text == make_plan(config, 1, 8, 80, load_hardware("a100-80")).text()
+    text = plan_report(make_plan(config, nodes=1, gpus_per_node=8, hardware="a100-80"))
+    assert text == plan_report(make_plan(config, 1, 8, hardware=load_hardware("a100-80")))
     assert "TP 4 x PP 1 x DP 2" in text
 
 

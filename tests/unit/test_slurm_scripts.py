@@ -9,6 +9,7 @@ import pytest
 
 import nested_reft_mcore
 from nested_reft_mcore.config.load import load_config
+from nested_reft_mcore.planning.report import plan_report
 from nested_reft_mcore.planning.run_plan import make_plan
 
 REPOSITORY = Path(nested_reft_mcore.__file__).parents[1]
@@ -33,4 +34,4 @@ def test_what_a_script_asks_for_is_enough(script: Path) -> None:
     # The weights that the configuration tells to take.
     assert f"--hf {match[2]}`" in path.read_text(encoding="utf-8")
     plan = make_plan(load_config(path, ()), int(asked["nodes"]), int(asked["gpus-per-node"]))
-    assert plan.fits, plan.text()
+    assert plan.fits, plan_report(plan)
