@@ -50,7 +50,8 @@ def utf16_length(text: str) -> int:
 def _end_of(piece: str, text: str, place: int, may_skip: bool) -> int | None:
     """Where the piece ends if it stands at `place`, after a space, or soon after open tokens."""
     if may_skip:
-        found = text.find(piece, place, place + _REACH + len(piece))
+        # Open tokens have made a character at least.
+        found = text.find(piece, place + 1, place + _REACH + len(piece))
         return None if found < 0 else found + len(piece)
     if text.startswith(piece, place):
         return place + len(piece)
