@@ -320,7 +320,9 @@ filter_groups: true, max_refills: 1}"
         assert line.keys() == other.keys()
         for key in other:
             # Passes are counted on one replica, and each pads to its own longest row.
-            if not key.startswith(("nested/layer_passes", "perf/padding_share")):
+            if key == "nested/plan":
+                assert line[key] == other[key]
+            elif not key.startswith(("nested/layer_passes", "perf/padding_share")):
                 # Products of a sequence's ratios, less 1, keep the rounding of something near 1.
                 assert line[key] == pytest.approx(other[key], rel=1e-5, abs=5e-7), key
     assert {line["rollout/num_refills"] for line in single} == {1}
