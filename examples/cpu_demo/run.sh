@@ -27,3 +27,4 @@ echo; echo "== 3. Reinforcement, nested: rollouts skip 2 of 12 layers, another 2
 
 echo
 "$python" "$here/report.py" "$out"
+"$python" -m nested_reft_mcore report "$out/nested" "$out/on_policy" --output "$out/report.html"

@@ -40,6 +40,7 @@ from nested_reft_mcore.cli.options import (
 )
 from nested_reft_mcore.cli.plan import plan
 from nested_reft_mcore.cli.probe import probe
+from nested_reft_mcore.cli.report import report
 
 app = typer.Typer(
     name="nested-reft",
@@ -69,6 +70,7 @@ app.command()(evaluate)
 app.command()(preflight)
 app.command()(plan)
 app.command()(probe)
+app.command()(report)
 
 SkipLayers = Annotated[
     str | None,
@@ -107,6 +109,7 @@ def describe(
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
       nested-reft evaluate config.yaml          accuracy, full and nested
+      nested-reft report runs/first             what happened, on one page
       nested-reft convert mcore-to-hf ...       take the model away
 
     \b

@@ -319,7 +319,7 @@ class LoggingConfig(Section):
     progress: Literal["auto", "bar", "plain", "off"] = "auto"
     """Live display: `auto` draws a bar on a terminal and prints lines elsewhere."""
     dump_rollouts: bool = True
-    """Write every rollout to `rollouts/`, which `rollout.replay` reads."""
+    """Write every rollout to `rollouts/`, for `nested-reft report` and `rollout.replay`."""
     level: Literal["debug", "info", "warning"] = "info"
     """Least severe message that is shown."""
 

@@ -72,18 +72,26 @@ class Tracker:
         if tensorboard:
             self._tensorboard = _open_tensorboard(directory / "tensorboard", resume_step)
 
-    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, SupportsFloat],
+        *,
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
         """Record `metrics` (numbers, 0-dimensional arrays or tensors) of `step`.
 
-        NaN and infinities become null. Raises TypeError where a value is not a number, ValueError
-        where a name is `step` or `time`, OSError where `metrics.jsonl` cannot be written.
-        TensorBoard files that cannot be written are given up with a warning.
+        NaN and infinities become null in `metrics.jsonl`; TensorBoard and Weights & Biases get what
+        is finite. `texts` stand in `metrics.jsonl` only: the others draw numbers. Raises TypeError
+        where a value is not a number, ValueError where a name is `step` or `time`, OSError where
+        `metrics.jsonl` cannot be written. TensorBoard files that cannot be written are given up
+        with a warning.
         """
         if not self._is_main:
             return
         numbers = {name: _to_number(name, value) for name, value in metrics.items()}
         now = self._clock()
-        line = json.dumps({"step": step, "time": now, **numbers}, allow_nan=False)
+        line = json.dumps({"step": step, "time": now, **numbers, **(texts or {})}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
         finite = {name: value for name, value in numbers.items() if value is not None}
@@ -125,16 +133,20 @@ class Tracker:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Number]]:
-    """Lines of a metrics file, or of the one in a run directory, in the order of writing.
+    """Numbers of a metrics file, or of the one in a run directory, in the order of writing.
 
-    A line that a killed run left unfinished is skipped. Raises UserError where there is no file.
+    Texts are left out. A line that a killed run left unfinished is skipped. Raises UserError where
+    there is no file.
     """
     file = Path(path)
     if file.is_dir():
         file = file / METRICS_FILE
     if not file.is_file():
         raise UserError(f"{file}: not found; expected the metrics of a run, one JSON object a line")
-    return [entry for _, entry in _entries(file)]
+    return [
+        {name: value for name, value in entry.items() if not isinstance(value, str)}
+        for _, entry in whole_lines(file)
+    ]
 
 
 def _to_number(name: str, value: SupportsFloat) -> Number:
@@ -151,8 +163,8 @@ def _to_number(name: str, value: SupportsFloat) -> Number:
     return number if math.isfinite(number) else None
 
 
-def _entries(path: Path) -> Iterator[tuple[str, dict[str, Number]]]:
-    """Whole lines of the file with what they say; anything else is left out."""
+def whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Whole lines of a metrics file with what they say; anything else is left out."""
     # A crash of the machine may leave bytes that are not text.
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -168,7 +180,7 @@ def _keep_until(path: Path, last_step: int) -> None:
     """Drop torn lines and those of steps after `last_step`; all of the file changes, or nothing."""
     if not path.exists():
         return
-    kept = [line for line, entry in _entries(path) if (entry["step"] or 0) <= last_step]
+    kept = [line for line, entry in whole_lines(path) if (entry["step"] or 0) <= last_step]
     aside = path.with_suffix(".partial")
     with aside.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in kept)

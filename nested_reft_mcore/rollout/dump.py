@@ -3,13 +3,18 @@
 A step's rollouts lie in `rollouts/step_000012.dp0.jsonl` below the run directory, one file for each
 data-parallel replica. Every line stands alone. Log-probabilities are written with the digits that
 tell float32 numbers apart, and reading gives the same bits back.
+
+What the update made of a rollout stands in its line too, for people and `nested-reft report`; it is
+not read back. `rollouts/vocabulary.json` has the text of every token id, so that a reader can cut a
+completion into tokens without the tokenizer.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,21 @@ from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.rollout.types import Prompt, Rollout, RolloutBatch, RolloutStats
 
 _FOLDER = "rollouts"
+_VOCABULARY_FILE = "vocabulary.json"
+_TARGET_DIGITS = 4
+"""Decimals of a target log-prob: 1e-4 nats is a hundredth of a percent of the ratio."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What an update made of one rollout."""
+
+    advantage: float
+    target_logprobs: Sequence[float] | None = None
+    """Nats, one per response token, of the full-depth policy right before the update that learned
+    from the rollout, at the sampling temperature; None where the rollout was masked."""
+    judge_failure: str | None = None
+    """Why it could not be judged: `timeout`, or the error's text."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +58,50 @@ def rollout_file(run_dir: Path, step: int, replica: int) -> Path:
 
 
 def dump_rollouts(
-    run_dir: Path, step: int, replica: int, batch: RolloutBatch, rewards: Sequence[float]
+    run_dir: Path,
+    step: int,
+    replica: int,
+    batch: RolloutBatch,
+    rewards: Sequence[float],
+    lessons: Sequence[Lesson] | None = None,
 ) -> Path:
     """Write a replica's rollouts and their rewards; the file appears whole or not at all.
 
-    Returns its path. Raises ValueError unless there is one reward for each rollout.
+    Returns its path. Raises ValueError unless there is one reward, and one lesson if there are any,
+    for each rollout.
     """
     if len(rewards) != len(batch.rollouts):
         raise ValueError(f"{len(batch.rollouts)} rollouts but {len(rewards)} rewards")
+    if lessons is not None and len(lessons) != len(batch.rollouts):
+        raise ValueError(f"{len(batch.rollouts)} rollouts but {len(lessons)} lessons")
     path = rollout_file(run_dir, step, replica)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".jsonl.tmp")
     with unfinished.open("w", encoding="utf-8") as file:
-        for rollout, reward in zip(batch.rollouts, rewards, strict=True):
+        for place, (rollout, reward) in enumerate(zip(batch.rollouts, rewards, strict=True)):
             line = _to_json(step, rollout, float(reward), batch.plan)
+            if lessons is not None:
+                line |= _lesson_to_json(lessons[place])
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+    return path
+
+
+def dump_vocabulary(run_dir: Path, vocab_size: int, decode: Callable[[list[int]], str]) -> Path:
+    """Write the text of each token id by itself, a JSON list; does nothing where it is there.
+
+    `decode` gives the text of token ids. Returns the path; the file appears whole or not at all.
+    """
+    path = run_dir / _FOLDER / _VOCABULARY_FILE
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".json.tmp")
+        texts = [decode([token_id]) for token_id in range(vocab_size)]
+        # Escaped: a tokenizer may hold halves of characters, which no file in UTF-8 can.
+        unfinished.write_text(json.dumps(texts), encoding="utf-8")
+        unfinished.replace(path)
     return path
 
 
@@ -110,6 +156,20 @@ def _to_json(step: int, rollout: Rollout, reward: float, plan: LayerSkipPlan) ->
         "token_ids": rollout.token_ids,
         "behavior_logprobs": [_shortest_float32(value) for value in rollout.behavior_logprobs],
     }
+
+
+def _lesson_to_json(lesson: Lesson) -> dict[str, Any]:
+    """Numbers that are not finite become null: they are not JSON."""
+    line: dict[str, Any] = {"advantage": _rounded(lesson.advantage, 6)}
+    if lesson.target_logprobs is not None:
+        line["target_logprobs"] = [_rounded(v, _TARGET_DIGITS) for v in lesson.target_logprobs]
+    if lesson.judge_failure is not None:
+        line["judge_failure"] = lesson.judge_failure
+    return line
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None
 
 
 def _shortest_float32(value: float) -> float:

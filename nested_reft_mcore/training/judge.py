@@ -23,6 +23,8 @@ from nested_reft_mcore.training.replicas import (
     is_replica_writer,
 )
 
+_MAX_REASON, _MAX_FAILURES = 200, 10_000
+"""Most characters of an error that are kept, and most errors between two steps."""
 MAX_SAID = 10
 """So many kinds of failures are logged; all are counted."""
 
@@ -52,6 +54,7 @@ class Judge:
         self._on_dead = on_dead
         self._functions = config.weighted
         self._has_judged = False
+        self._failures: dict[tuple[str, str], str] = {}
         self._judges_batches = False
         self._said: Counter[str] = Counter()
         self._sums = [0.0] * len(self._functions)
@@ -168,7 +171,23 @@ class Judge:
             return [RewardResult(0.0, components=nothing) for _ in items]
         self._has_judged = True
         self._tell_failures(results)
+        for item, result in zip(items, results, strict=True):
+            if result.error is not None and len(self._failures) < _MAX_FAILURES:
+                reason = "timeout" if result.timed_out else result.error[:_MAX_REASON]
+                self._failures[item.prompt, item.completion] = reason
         return results
+
+    def failures(self) -> dict[tuple[str, str], str]:
+        """Why items could not be judged since the last call, by prompt and completion.
+
+        `timeout`, or the error's text. Of all replicas: groups may have moved since they were
+        judged. Every process calls it.
+        """
+        mine, self._failures = self._failures, {}
+        known: dict[tuple[str, str], str] = {}
+        for part in gather_from_replicas(broadcast_in_replica(mine, self._context), self._context):
+            known |= part
+        return known
 
     def _tell_failures(self, results: Sequence[RewardResult]) -> None:
         """Log each new kind of failure, for a reward that silently gives 0 ruins a run."""

@@ -230,8 +230,9 @@ class Run:
         tokens = metrics["perf/total_num_tokens"]
         metrics["perf/throughput"] = tokens / seconds / self.context.world_size
         metrics["training/skipped_updates"] = float(self.state.skipped_updates)
+        metrics["nested/num_layers"] = float(self.policy.architecture.num_layers)
         with self.trouble.writing(self.directory / METRICS_FILE):
-            self.tracker.log(self.state.step, metrics)
+            self.tracker.log(self.state.step, metrics, texts={"nested/plan": skipped})
         self.progress.update(self.state.step, metrics, skipped=skipped)
 
     def save(self) -> None:

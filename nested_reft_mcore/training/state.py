@@ -40,6 +40,8 @@ class RunState:
     """Position in the data."""
     controller: dict[str, Any] = field(default_factory=dict)
     """What the skip controller has learnt; empty where there is none."""
+    plan: str = ""
+    """What the step that is done has skipped, as `LayerSkipPlan.describe` says it."""
     owed: dict[str, float] | None = None
     """The step's metrics, while it is not evaluated and recorded yet although its updates are done.
     Before the first step: empty, while the evaluation before training is to come."""

@@ -23,8 +23,8 @@ from nested_reft_mcore.launch.signals import StopSignals
 from nested_reft_mcore.mcore.hf_weights import export_hf_weights
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.batch import TrainingBatch
-from nested_reft_mcore.rollout.dump import dump_rollouts, rollout_file
 from nested_reft_mcore.training.advantages import replica_advantages, shaped_rewards
+from nested_reft_mcore.training.dumping import write_step, write_vocabulary
 from nested_reft_mcore.training.evaluation import Evaluator
 from nested_reft_mcore.training.experience import (
     ExperienceSource,
@@ -35,7 +35,6 @@ from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.metrics import LAYER_PASSES, rollout_metrics
 from nested_reft_mcore.training.policy_setup import check_room, find_tokenizer
 from nested_reft_mcore.training.ratio_split import RatioSplit, explain_engine_noise
-from nested_reft_mcore.training.replicas import is_replica_writer
 from nested_reft_mcore.training.run import Run
 from nested_reft_mcore.training.sensitivity_law import load_sensitivity_law
 from nested_reft_mcore.training.steering import SkipSteering
@@ -91,6 +90,7 @@ def _train(run: Run, judge: Judge) -> int:
         experience.load_state_dict(run.state.data)
     if run.is_fresh and evaluator is not None and config.evaluation.before_training:
         run.state.owed = {}
+    write_vocabulary(run)
     _loop(run, experience, evaluator, judge)
     if config.checkpoint.export_hf:
         run.check(may_stop=False)
@@ -110,7 +110,7 @@ def _loop(
         config, run.policy, run.optimizer, run.reference, run.tokenizer.pad_token_id, timers
     )
     if state.owed is not None:
-        _conclude(run, evaluator, state.owed, "")
+        _conclude(run, evaluator, state.owed)
     first_step = state.step
     for step in range(first_step, config.train.num_steps):
         run.check()
@@ -137,26 +137,24 @@ def _loop(
             if step == first_step:
                 _check_engine_noise(run, rollouts.plan, updates[0])
             metrics |= metrics_of_step(updates) | judge.metrics()
+            logprobs = [update.logprobs for update in updates]
             if split is not None:
-                metrics |= split.metrics([update.logprobs for update in updates], run.context)
+                metrics |= split.metrics(logprobs, run.context)
         # The weights have changed: from here on the step is done, whoever asks to stop.
         run.check(may_stop=False)
-        if config.logging.dump_rollouts and is_replica_writer(run.context):
-            replica = run.context.data.rank
-            with run.trouble.writing(rollout_file(run.directory, step, replica)):
-                dump_rollouts(run.directory, step, replica, rollouts, scores.tolist())
+        if config.logging.dump_rollouts:
+            write_step(run, step, collected, batch, logprobs, judge.failures())
         metrics |= steering.learn(metrics)
         state.controller = steering.state_dict()
         state.step, state.data = step + 1, experience.state_dict()
+        state.plan = rollouts.plan.describe()
         layer_passes.update({k: v for k, v in metrics.items() if k.startswith(LAYER_PASSES)})
-        _conclude(run, evaluator, metrics, rollouts.plan.describe())
+        _conclude(run, evaluator, metrics)
     if layer_passes:
         _log.info("passes through a layer while generating: %s", _describe_passes(layer_passes))
 
 
-def _conclude(
-    run: Run, evaluator: Evaluator | None, metrics: dict[str, float], skipped: str
-) -> None:
+def _conclude(run: Run, evaluator: Evaluator | None, metrics: dict[str, float]) -> None:
     """Evaluate, record and save what is due after a step, or before the first one.
 
     A request to stop that interrupts the evaluation leaves all of it to the resumed run.
@@ -172,7 +170,7 @@ def _conclude(
     if step == 0:
         run.log(metrics | evaluation)
         return
-    run.finish_step(metrics | evaluation, skipped)
+    run.finish_step(metrics | evaluation, run.state.plan)
     if run.is_due(config.checkpoint.interval):
         run.save()
 

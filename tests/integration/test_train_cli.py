@@ -201,9 +201,31 @@ def test_rollouts_are_dumped_with_their_record(room: Path, whole: Path) -> None:
             assert line["plan"]["num_layers"] == 6
             assert line["source"].startswith("task/train.jsonl:")
         plans |= {line["plan"]["skipped"] for line in lines}
+        assert {line["plan"]["skipped"] for line in lines} == {by_step[step + 1]["nested/plan"]}
+        assert by_step[step + 1]["nested/num_layers"] == 6
+        # Masked completions (groups that teach nothing) have no target; over the others the ratio
+        # is what the metrics say: skipping, and staleness of the second update.
+        parts = [
+            behavior - target
+            for line in lines
+            if "target_logprobs" in line
+            for behavior, target in zip(
+                line["behavior_logprobs"], line["target_logprobs"], strict=True
+            )
+        ]
+        metrics = by_step[step + 1]
+        assert sum(parts) / len(parts) == pytest.approx(
+            metrics["rollout_corr/kl"] + metrics["actor/ppo_kl"], abs=1e-4
+        )
+        taught = [line for line in lines if "target_logprobs" in line]
+        assert all(line["advantage"] == 0 for line in lines if line not in taught)
+        assert any(line["advantage"] != 0 for line in taught)
         # Metrics count finished steps, files the running one.
         mean = sum(line["reward"] for line in lines) / 32
         assert by_step[step + 1]["critic/rewards/mean"] == pytest.approx(mean)
+    vocabulary = json.loads((whole / "rollouts" / "vocabulary.json").read_text())
+    assert len(vocabulary) == tokenizer.vocab_size
+    assert vocabulary[tokenizer.encode("gets")[-1]] == "gets"
     assert plans <= {"none", "1,3", "1,4", "2,3", "2,4", "1,2,3,4"}
     assert len(plans) > 2
 
@@ -298,7 +320,9 @@ filter_groups: true, max_refills: 1}"
         assert line.keys() == other.keys()
         for key in other:
             # Passes are counted on one replica, and each pads to its own longest row.
-            if not key.startswith(("nested/layer_passes", "perf/padding_share")):
+            if key == "nested/plan":
+                assert line[key] == other[key]
+            elif not key.startswith(("nested/layer_passes", "perf/padding_share")):
                 # Products of a sequence's ratios, less 1, keep the rounding of something near 1.
                 assert line[key] == pytest.approx(other[key], rel=1e-5, abs=5e-7), key
     assert {line["rollout/num_refills"] for line in single} == {1}

@@ -47,6 +47,7 @@ def test_only_mcore_imports_megatron():
         ("nested_reft_mcore.observability.logging", ("torch", "megatron")),
         ("nested_reft_mcore.observability.tracking", ("torch", "tensorboard", "wandb")),
         ("nested_reft_mcore.observability.environment", ("torch", "psutil")),
+        ("nested_reft_mcore.report.builder", ("torch", "numpy", "matplotlib")),
     ],
 )
 def test_import_stays_light(module: str, absent: tuple[str, ...]):

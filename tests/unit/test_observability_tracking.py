@@ -39,6 +39,13 @@ def test_a_line_holds_step_time_and_numbers_of_any_kind(tmp_path: Path):
         ]
 
 
+def test_texts_stand_in_the_line_and_are_no_metrics(tmp_path: Path):
+    with Tracker(tmp_path, tensorboard=False) as tracker:
+        tracker.log(1, {"actor/lr": 0.5}, texts={"nested/plan": "1,3.attention"})
+    assert lines_of(tmp_path)[0]["nested/plan"] == "1,3.attention"
+    assert read_metrics(tmp_path)[0].keys() == {"step", "time", "actor/lr"}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, torch.tensor(math.nan)])
 def test_non_finite_is_null_and_the_line_stays_json(tmp_path: Path, value: float):
     with Tracker(tmp_path) as tracker:

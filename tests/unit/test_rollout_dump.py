@@ -8,7 +8,13 @@ import pytest
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.rollout.dump import dump_rollouts, load_rollouts, rollout_file
+from nested_reft_mcore.rollout.dump import (
+    Lesson,
+    dump_rollouts,
+    dump_vocabulary,
+    load_rollouts,
+    rollout_file,
+)
 from nested_reft_mcore.rollout.types import Prompt, Rollout, RolloutBatch, RolloutStats
 
 PLAN = LayerSkipPlan.parse("1,2.attention", 4)
@@ -83,7 +89,33 @@ def test_broken_lines_are_named(tmp_path: Path) -> None:
         load_rollouts(tmp_path, 1)
 
 
+def test_what_the_update_made_of_a_rollout_stands_in_its_line(tmp_path: Path) -> None:
+    batch = make_batch(0, 1)
+    first = [float("nan"), *[-0.123456] * (len(batch.rollouts[0].token_ids) - 1)]
+    lessons = [Lesson(0.5, first), Lesson(-1.0, None, "timeout")]
+    path = dump_rollouts(tmp_path, 1, 0, batch, [1.0, 0.0], lessons)
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    assert lines[0]["target_logprobs"] == [None, *[-0.1235] * (len(first) - 1)]
+    assert (lines[0]["advantage"], lines[1]["advantage"]) == (0.5, -1.0)
+    assert "judge_failure" not in lines[0]
+    assert lines[1]["judge_failure"] == "timeout"
+    assert "target_logprobs" not in lines[1]
+    # None of it is needed, nor in the way, where rollouts are replayed.
+    assert load_rollouts(tmp_path, 1)[0].rollouts == batch.rollouts
+
+
+def test_vocabulary_is_written_once_whatever_it_holds(tmp_path: Path) -> None:
+    texts = ["a", "\ud800", "\x00", "</script>"]
+    path = dump_vocabulary(tmp_path, 4, lambda ids: texts[ids[0]])
+    assert json.loads(path.read_text(encoding="utf-8")) == texts
+    dump_vocabulary(tmp_path, 4, lambda _: "other")
+    assert json.loads(path.read_text(encoding="utf-8")) == texts
+    assert [p.name for p in path.parent.iterdir()] == ["vocabulary.json"]
+
+
 def test_one_reward_for_each_rollout(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 rollouts but 3 rewards"):
         dump_rollouts(tmp_path, 1, 0, make_batch(0, 2), [0.0] * 3)
+    with pytest.raises(ValueError, match="4 rollouts but 1 lessons"):
+        dump_rollouts(tmp_path, 1, 0, make_batch(0, 2), [0.0] * 4, [Lesson(0.0)])
     assert not rollout_file(tmp_path, 1, 0).exists()
