@@ -14,7 +14,7 @@ import functools
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,13 +33,13 @@ def install() -> bool:
     """
     if torch.cuda.is_available():
         return False
-    # Megatron decorates functions with torch.compile while it is imported, so it comes first.
-    import megatron.core.dist_checkpointing.strategies.torch
-    import megatron.core.distributed
-    import megatron.core.models.gpt
-    import megatron.core.optimizer
-    import megatron.core.pipeline_parallel
-    import megatron.core.tensor_parallel.random as megatron_random
+    with _uncompiled():
+        import megatron.core.dist_checkpointing.strategies.torch
+        import megatron.core.distributed
+        import megatron.core.models.gpt
+        import megatron.core.optimizer
+        import megatron.core.pipeline_parallel
+        import megatron.core.tensor_parallel.random as megatron_random
 
     view = _torch_without_cuda()
     for name, module in list(sys.modules.items()):
@@ -51,6 +51,23 @@ def install() -> bool:
     _patch_random_state(megatron_random)
     _patch_distributed_optimizer(megatron.core.optimizer.distrib_optimizer.DistributedOptimizer)
     return True
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Megatron decorates functions with torch.compile while it is imported.
+
+    On a CPU nothing of that pays, and torch's compiler is a third of all that is imported.
+    """
+    compile_function, torch.compile = torch.compile, _as_it_is
+    try:
+        yield
+    finally:
+        torch.compile = compile_function
+
+
+def _as_it_is(function: Any = None, **options: Any) -> Any:
+    return _as_it_is if function is None else function
 
 
 class _View(types.ModuleType):
