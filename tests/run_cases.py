@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
 
 import nested_reft_mcore
 
@@ -149,3 +152,30 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """All that it has started."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def find(
+    process: subprocess.Popen[str], wanted: Callable[[psutil.Process], bool]
+) -> psutil.Process:
+    """The first descendant of that kind."""
+    for child in family(process):
+        # A process that is being started or is gone has no environment.
+        with contextlib.suppress(psutil.Error):
+            if wanted(child):
+                return child
+    raise AssertionError("no such process")
+
+
+def rank_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The process of a rank that a bare start has made."""
+
+    def wanted(child: psutil.Process) -> bool:
+        command = " ".join(child.cmdline())
+        return child.environ().get("RANK") == str(rank) and "rewards.worker" not in command
+
+    return find(process, wanted)

@@ -104,7 +104,9 @@ def _math_answer(record: Record) -> str:
         if record.has(key):
             answer = record.number_or_text(key).strip()
             # Some targets are empty where the box holds text, and two boxes of the set are empty.
-            return answer or _boxed(record) or ""
+            # The chat form's targets have lost the backslashes that part the rows of a matrix.
+            is_torn = "matrix}" in answer and r"\\" not in answer
+            return (_boxed(record) or answer) if is_torn else (answer or _boxed(record) or "")
     return _boxed_answer(record)
 
 

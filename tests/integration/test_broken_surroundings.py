@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_cases import PIPELINE, finish, metrics_of, start, wait_until, write_room
+from run_cases import PIPELINE, finish, metrics_of, rank_of, start, wait_until, write_room
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -31,12 +31,14 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def faults(room: Path) -> Iterator[dict[str, Future[None]]]:
     """All of them side by side: they mostly wait."""
-    drills = (no_rollouts, full_disk, spoilt_line, dead_rewards)
+    drills = (no_rollouts, full_disk, full_for_one, spoilt_line, dead_rewards)
     with ThreadPoolExecutor() as pool:
         yield {drill.__name__: pool.submit(drill, room) for drill in drills}
 
 
-@pytest.mark.parametrize("name", ["no_rollouts", "full_disk", "spoilt_line", "dead_rewards"])
+@pytest.mark.parametrize(
+    "name", ["no_rollouts", "full_disk", "full_for_one", "spoilt_line", "dead_rewards"]
+)
 def test_the_run_saves_and_stops_or_goes_on(faults: dict[str, Future[None]], name: str) -> None:
     faults[name].result()
 
@@ -90,6 +92,23 @@ def full_disk(room: Path) -> None:
     code, _, err = finish(start(room, *train("full", f"train.num_steps={newest + 1}")))
     assert code == 0, err
     assert f"going on after step {newest}" in err
+
+
+def full_for_one(room: Path) -> None:
+    """Rank 0 cannot write what goes first into a checkpoint, while the other waits for it."""
+    command = train("one", "train.num_steps=100000", PIPELINE, "checkpoint.interval=0")
+    process = start(room, *command)
+    wait_until(process, lambda: len(metrics_of(room / "one")) > 1)
+    resource.prlimit(rank_of(process, 0).pid, resource.RLIMIT_FSIZE, (64, 64))
+    code, _, err = finish(process)
+    assert code == 1, err
+    said = [
+        line for line in err.splitlines() if line.startswith(f"[rank 0 on {socket.gethostname()}]")
+    ]
+    assert len(said) == 1, err
+    assert re.search(
+        r"could not be saved .*; there is no checkpoint yet; .*File too large", said[0]
+    )
 
 
 def spoilt_line(room: Path) -> None:

@@ -5,7 +5,6 @@ Every run here is real: two or more processes of the command line, killed or sto
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,8 +23,11 @@ from run_cases import (
     PATIENCE_SECONDS,
     PIPELINE,
     REPOSITORY,
+    family,
+    find,
     finish,
     metrics_of,
+    rank_of,
     start,
     wait_until,
     write_room,
@@ -50,28 +52,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("room")
     write_room(directory)
     return directory
-
-
-def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def find(process: subprocess.Popen[str], wanted: Callable[[psutil.Process], bool]):
-    """The first descendant of that kind."""
-    for child in family(process):
-        # A process that is being started or is gone has no environment.
-        with contextlib.suppress(psutil.Error):
-            if wanted(child):
-                return child
-    raise AssertionError("no such process")
-
-
-def rank_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
-    def wanted(child: psutil.Process) -> bool:
-        command = " ".join(child.cmdline())
-        return child.environ().get("RANK") == str(rank) and "rewards.worker" not in command
-
-    return find(process, wanted)
 
 
 @pytest.fixture(scope="module")

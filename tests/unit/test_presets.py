@@ -68,6 +68,25 @@ LAYOUTS = [
         ("Find.", "p - q", (("level", "5"), ("subject", "Algebra")), "p"),
     ),
     (
+        "math",
+        {
+            "reward_model": {
+                "ground_truth": {
+                    "question": "Find.",
+                    # As in the file: a backslash and the row's end are gone.
+                    "target": r"\begin{pmatrix}6\3\end{pmatrix}",
+                    "solution": r"So \boxed{\begin{pmatrix}6\\3\end{pmatrix}}",
+                }
+            }
+        },
+        (
+            "Find.",
+            r"\begin{pmatrix}6\\3\end{pmatrix}",
+            (),
+            r"So \boxed{\begin{pmatrix}6\\3\end{pmatrix}}",
+        ),
+    ),
+    (
         "aime24",
         {"problem": "Find.", "answer": "073", "solution": "...", "url": "x"},
         ("Find.", "073", (), "..."),
