@@ -38,6 +38,7 @@ from nested_reft_mcore.cli.options import (
 )
 from nested_reft_mcore.cli.plan import plan
 from nested_reft_mcore.cli.probe import probe
+from nested_reft_mcore.cli.simulate import simulate
 
 app = typer.Typer(
     name="nested-reft",
@@ -65,6 +66,7 @@ app.command()(doctor)
 app.command()(preflight)
 app.command()(plan)
 app.command()(probe)
+app.command()(simulate)
 
 SkipLayers = Annotated[
     str | None,
@@ -99,6 +101,7 @@ def describe(
       nested-reft doctor                        is everything there?
       nested-reft preflight config.yaml         is every node fit?
       nested-reft plan config.yaml --nodes 2    does it fit?
+      nested-reft simulate config.yaml --nodes 2   who waits for whom?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
       nested-reft evaluate config.yaml          full-depth accuracy
