@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nested_reft_mcore.simulation.failures import FaultCost
     from nested_reft_mcore.simulation.simulate import Scenario, Simulation
 
-_RUNS = 200
+_RUNS = 2000
 
 
 @dataclass(frozen=True)

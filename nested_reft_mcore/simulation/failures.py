@@ -151,6 +151,12 @@ def daly_interval(course: Course) -> float:
     return young_interval(course) * order - course.stall
 
 
+def best_interval(course: Course) -> int:
+    """Steps between two saves that lose least: Daly's, but no save begins before the last ends."""
+    fastest = math.ceil(course.lag / course.work)
+    return max(1, fastest, round(daly_interval(course) / course.work))
+
+
 def run_with_faults(course: Course, num_steps: int, num_runs: int, seed: int) -> FaultCost:
     """Runs of `num_steps` steps with failures drawn; a failure while coming back counts too.
 

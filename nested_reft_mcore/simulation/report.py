@@ -10,6 +10,7 @@ import numpy as np
 
 from nested_reft_mcore.simulation.failures import (
     FaultCost,
+    best_interval,
     daly_interval,
     daly_share,
     young_interval,
@@ -107,11 +108,11 @@ def _asked(simulation: Simulation) -> list[str]:
     ]
     if not run.fits:
         lines.append("note: it does not fit into memory (`nested-reft plan`); simulated as if")
-    slow = int((simulation.factors > 1).sum())
-    if slow:
+    if simulation.factors.max() > 1:
         lines.append(
-            f"stragglers: {slow} of {simulation.factors.size} stages are slow, the slowest takes "
-            f"{simulation.factors.max():.2f} times as long"
+            f"stragglers: stages take {simulation.factors.min():.2f} to "
+            f"{simulation.factors.max():.2f} times as long, {np.median(simulation.factors):.2f} in "
+            "the middle"
         )
     return lines
 
@@ -176,7 +177,7 @@ def _faults(faults: FaultCost | None) -> list[str]:
     if faults is None:
         return []
     course = faults.course
-    steps = max(1, round(daly_interval(course) / course.work))
+    steps = best_interval(course)
     return [
         f"failures: one every {course.mtbf / 3600:.3g} h, {faults.failures:.2f} a run; useful time "
         f"{faults.useful_share:.2%} +- {faults.error:.2%} (Daly 2006, without a lag: "

@@ -16,7 +16,15 @@ from nested_reft_mcore.simulation.rollout_phase import StackedRounds, time_of_pa
 from nested_reft_mcore.simulation.update_phase import pack, pass_times
 
 Array = NDArray[np.float64]
-PARTS = ("generation", "judging", "logprobs", "update", "reduction", "optimizer", "rest")
+PARTS: tuple[str, ...] = (
+    "generation",
+    "judging",
+    "logprobs",
+    "update",
+    "reduction",
+    "optimizer",
+    "rest",
+)
 """What a step's seconds are split into, in order."""
 
 
