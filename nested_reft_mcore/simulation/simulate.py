@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -237,8 +236,3 @@ def _variants(simulation: Simulation) -> Iterator[tuple[str, Scenario]]:
         groups = scenario.groups or stages
         for count in sorted({1, stages, 2 * stages} - {groups}):
             yield f"{count} slot groups in flight, not {groups}", replace(scenario, groups=count)
-
-
-def spread_of(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error."""
-    return float(np.mean(values)), float(np.std(values)) / math.sqrt(max(1, len(values) - 1))
