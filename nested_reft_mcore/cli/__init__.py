@@ -41,6 +41,7 @@ from nested_reft_mcore.cli.options import (
 from nested_reft_mcore.cli.plan import plan
 from nested_reft_mcore.cli.probe import probe
 from nested_reft_mcore.cli.report import report
+from nested_reft_mcore.cli.simulate import simulate
 
 app = typer.Typer(
     name="nested-reft",
@@ -71,6 +72,7 @@ app.command()(preflight)
 app.command()(plan)
 app.command()(probe)
 app.command()(report)
+app.command()(simulate)
 
 SkipLayers = Annotated[
     str | None,
@@ -106,6 +108,7 @@ def describe(
       nested-reft data check --config config.yaml   is the data as it should be?
       nested-reft preflight config.yaml         is every node fit?
       nested-reft plan config.yaml --nodes 2    does it fit?
+      nested-reft simulate config.yaml --nodes 2   who waits for whom?
       nested-reft sft config.yaml               supervised warm-up
       nested-reft train config.yaml             reinforced fine-tuning
       nested-reft evaluate config.yaml          accuracy, full and nested

@@ -6,6 +6,11 @@ a token for every slot takes as many of its passes as there are stages.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.planning.hardware import HardwareProfile
@@ -14,9 +19,32 @@ from nested_reft_mcore.planning.layer_costs import (
     forward_operations,
     kv_bytes_per_token,
     parts_run,
+    score_operations,
 )
 from nested_reft_mcore.planning.layout import Layout
+from nested_reft_mcore.planning.links import pipeline_link, ring_share, tensor_link
 from nested_reft_mcore.planning.workload import ITEMSIZE, Workload
+
+
+@dataclass(frozen=True)
+class PassLoad:
+    """What one pass of a slot group holds: numbers, or arrays of one shape for many passes."""
+
+    rows: Any
+    """Sequences that decode, which may be a mean."""
+    keys: Any
+    """Places that all of these rows look at, together."""
+    piece_tokens: Any = 0.0
+    """Tokens of prompts that are written into the cache in the same pass."""
+    piece_pairs: Any = 0.0
+    """Places that each of these looks at, summed."""
+    width: int = 1
+    """Tokens of each row."""
+
+    @property
+    def tokens(self) -> Any:
+        """All of them."""
+        return self.rows * self.width + self.piece_tokens
 
 
 class DecodeModel:
@@ -33,6 +61,7 @@ class DecodeModel:
         assumed = hardware.assumptions
         self._rollout = config.rollout
         self._layout = layout
+        self._hardware = hardware
         self._workload = workload
         self._assumed = assumed
         self._itemsize = ITEMSIZE[config.model.dtype]
@@ -71,27 +100,47 @@ class DecodeModel:
         return self._layout.pipeline * max(times)
 
     def stage_seconds(self, plan: LayerSkipPlan, stage: int, width: int = 1) -> float:
-        """One pass of one slot group through one stage."""
-        layer, (attentions, mlps) = self._layout.layer, parts_run(plan, self._layers[stage])
+        """One pass of one slot group through one stage, at the mean of rows and contexts."""
+        attentions, mlps = parts_run(plan, self._layers[stage])
         rows = self._rows()
-        seconds = attentions * self._attention_seconds(rows, width)
-        seconds += mlps * self._read_or_compute(
-            layer.mlp_parameters, forward_operations(layer, rows * width, 0)[1]
-        )
-        # Half of a layer's overhead, and one of its two sums over shards, for each part.
-        latency = self._assumed.layer_overhead_us / 2
-        latency += self._assumed.all_reduce_latency_us if self._layout.tensor > 1 else 0.0
-        seconds += (attentions + mlps) * latency * 1e-6
+        load = PassLoad(rows, rows * (self._prompt + self._response / 2), width=width)
+        seconds = self.parts_seconds(attentions, mlps, load)
         if self._layout.is_last(stage):
             seconds += self.head_seconds(width)
         if self._layout.pipeline > 1:
-            seconds += self._assumed.message_latency_us * 1e-6
-        return seconds
+            seconds += self.message_seconds(load.tokens)
+        return float(seconds)
+
+    def parts_seconds(self, attentions: int, mlps: int, load: PassLoad) -> Any:
+        """One pass through so many attentions and MLPs; numbers or arrays, as `load` has them.
+
+        Weights are read once for all rows and prompt pieces of the pass; keys and values of rows
+        are read for each row.
+        """
+        layer, tokens = self._layout.layer, load.tokens
+        attention, mlp = forward_operations(layer, tokens, 0)
+        attention += score_operations(layer, load.keys * load.width + load.piece_pairs)
+        cache = load.keys * kv_bytes_per_token(layer, self._itemsize)
+        seconds = attentions * self._read_or_compute(layer.attention_parameters, attention, cache)
+        seconds += mlps * self._read_or_compute(layer.mlp_parameters, mlp)
+        # Half of a layer's overhead, and one of its two sums over shards, for each part.
+        overhead = self._assumed.layer_overhead_us / 2 * 1e-6
+        return seconds + (attentions + mlps) * (overhead + self._sum_seconds(tokens))
 
     def head_seconds(self, width: int = 1) -> float:
         """Logits of one slot group."""
+        return float(self.rows_head_seconds(self._rows() * width))
+
+    def rows_head_seconds(self, tokens: Any) -> Any:
+        """Logits of so many tokens; numbers or arrays."""
         matrix = self._layout.vocab_matrix
-        return self._read_or_compute(matrix, 2 * self._rows() * width * matrix)
+        return self._read_or_compute(matrix, 2 * tokens * matrix)
+
+    def message_seconds(self, tokens: Any) -> Any:
+        """Hidden states of so many tokens to the next stage; numbers or arrays."""
+        size = tokens * self._layout.layer.hidden * self._itemsize
+        latency = self._assumed.message_latency_us * 1e-6
+        return latency + size / pipeline_link(self._layout, self._hardware)
 
     def layer_seconds(self) -> float:
         """One layer for one slot group; `head_seconds` over it is what `nested.head_cost` wants."""
@@ -101,16 +150,18 @@ class DecodeModel:
             first -= self.head_seconds()
         return first / len(self._layers[0])
 
-    def _attention_seconds(self, rows: float, width: int) -> float:
-        context = self._prompt + self._response / 2
-        layer = self._layout.layer
-        operations = forward_operations(layer, rows * width, context)[0]
-        cache = rows * context * kv_bytes_per_token(layer, self._itemsize)
-        return self._read_or_compute(layer.attention_parameters, operations, cache)
+    def _sum_seconds(self, tokens: Any) -> Any:
+        """The sum over tensor-parallel shards after an attention or an MLP."""
+        shards = self._layout.tensor
+        if shards == 1:
+            return 0.0
+        size = tokens * self._layout.layer.hidden * self._itemsize * ring_share(shards)
+        latency = self._assumed.all_reduce_latency_us * 1e-6
+        return latency + size / tensor_link(self._layout, self._hardware)
 
-    def _read_or_compute(self, parameters: int, operations: float, cache: float = 0.0) -> float:
+    def _read_or_compute(self, parameters: int, operations: Any, cache: Any = 0.0) -> Any:
         moved = parameters * self._itemsize + cache
-        return max(moved / self._bandwidth, operations / self._speed)
+        return np.maximum(moved / self._bandwidth, operations / self._speed)
 
     def _num_rounds(self) -> float:
         """Until the longest completion of the last slots ends."""
@@ -129,5 +180,6 @@ class DecodeModel:
         times = []
         for layers in self._layers:
             attentions, mlps = parts_run(plan, layers)
-            times.append((attentions * attention + mlps * mlp) / self._speed)
+            seconds = (attentions * attention + mlps * mlp) / self._speed
+            times.append(seconds + (attentions + mlps) * self._sum_seconds(tokens))
         return max(times)

@@ -157,8 +157,13 @@ def kv_bytes_per_token(layer: LayerShape, itemsize: int) -> int:
 def forward_operations(layer: LayerShape, tokens: float, context: float) -> tuple[float, float]:
     """Operations of attention and of the MLP for `tokens` that look at `context` places each."""
     attention = 2 * tokens * layer.hidden * (layer.qkv + layer.query)
-    attention += 4 * tokens * context * layer.query
+    attention += score_operations(layer, tokens * context)
     return attention, 6 * tokens * layer.hidden * layer.ffn
+
+
+def score_operations(layer: LayerShape, pairs: float) -> float:
+    """Operations of attention itself for so many pairs of a query and a key, of all heads."""
+    return 4 * pairs * layer.query
 
 
 def parts_run(plan: LayerSkipPlan, layers: list[int]) -> tuple[int, int]:

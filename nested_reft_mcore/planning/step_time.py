@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.planning.decode_time import DecodeModel
 from nested_reft_mcore.planning.hardware import HardwareProfile
-from nested_reft_mcore.planning.layer_costs import FLOAT32, forward_operations, stream_bytes
+from nested_reft_mcore.planning.layer_costs import FLOAT32, forward_operations
 from nested_reft_mcore.planning.layout import Layout
 from nested_reft_mcore.planning.links import data_link, pipeline_link, ring_share, tensor_link
 from nested_reft_mcore.planning.memory import static_memory
@@ -79,7 +80,7 @@ class StepModel:
         bubble, update = self._update()
         return StepTime(
             generation=sum(self.decode.seconds(plan) for plan in plans) / len(plans),
-            logprobs=self._num_logprob_passes() * self._passes(backward=False)[1],
+            logprobs=self.num_logprob_passes * self._passes(backward=False)[1],
             update=update,
             rest=self._rest(),
             bubble=bubble,
@@ -91,7 +92,9 @@ class StepModel:
         """Share of the bubble, and seconds of all updates of a step."""
         updates = self._config.train.updates_per_step
         bubble, passes = self._passes(backward=True)
-        each = self._reduction(passes) + self._optimizer()
+        per_micro_batch = passes / max(1.0, self._micro_batches()[0])
+        slowest = max(self.reduction_seconds(stage, per_micro_batch) for stage in self._stages())
+        each = slowest + max(self.optimizer_seconds(stage) for stage in self._stages())
         return bubble, passes + updates * each
 
     def _passes(self, *, backward: bool) -> tuple[float, float]:
@@ -116,31 +119,54 @@ class StepModel:
 
     def _micro_batch(self, stage: int, tokens: float, backward: bool) -> float:
         """Seconds of one micro-batch on a stage."""
-        layer, layers = self._layout.layer, len(self._layout.layers_of(stage))
         # A causal token looks at half of its sequence on average.
-        per_layer = sum(forward_operations(layer, tokens, self._workload.longest / 2))
-        is_recomputed = self._config.model.recompute_granularity == "full"
-        passes = (4 if is_recomputed else 3) if backward else 1
-        operations = passes * layers * per_layer
-        if self._layout.is_last(stage):
-            # The backward pass makes the logits again.
-            operations += (4 if backward else 1) * 2 * tokens * self._layout.vocab_matrix
-        shares = tokens / self._workload.shape.tokens
-        stream = stream_bytes(layer, self._workload.shape) * shares
-        full = stream * self._workload.shape.sequence_shards
-        # Two all-reduces a layer and direction, or as many gathers and scatters.
-        sums = 2 * passes if not backward else 2 * (passes - 1)
-        wire = sums * layers * full * ring_share(self._layout.tensor)
-        seconds = operations / self._speed + wire / tensor_link(self._layout, self._hardware)
-        if self._layout.pipeline > 1:
-            sent = stream * (2 if backward else 1) * self._layout.num_chunks
-            seconds += sent / pipeline_link(self._layout, self._hardware)
+        context, chunks = self._workload.longest / 2, self._layout.num_chunks
+        layers = len(self._layout.layers_of(stage)) // chunks
+        seconds = 0.0
+        for is_backward in (False, True) if backward else (False,):
+            for chunk in range(chunks):
+                has_head = self._layout.is_last(stage) and chunk == chunks - 1
+                seconds += self.pass_seconds(
+                    tokens, context, layers, has_head=has_head, backward=is_backward
+                )
         return seconds
 
-    def _reduction(self, passes: float) -> float:
-        """Sum of the gradients over replicas, as far as nothing hides it."""
+    def pass_seconds(
+        self, tokens: Any, context: Any, num_layers: int, *, has_head: bool, backward: bool
+    ) -> Any:
+        """One pass of a micro-batch, in one direction, through some layers of one rank.
+
+        Args:
+            tokens: Of the micro-batch, padding included; a number or an array.
+            context: Places that a token looks at, on average; of the same shape.
+            num_layers: Of the stage, or of one of its virtual chunks.
+            has_head: Whether log-probs are made at the end.
+            backward: Its backward pass, which makes logits again, and under full recomputation
+                the layers too.
+        """
+        layer, shards = self._layout.layer, self._workload.shape.sequence_shards
+        per_layer = sum(forward_operations(layer, tokens, context))
+        is_recomputed = self._config.model.recompute_granularity == "full"
+        passes = (3 if is_recomputed else 2) if backward else 1
+        operations = passes * num_layers * per_layer
+        if has_head:
+            operations += (3 if backward else 1) * 2 * tokens * self._layout.vocab_matrix
+        full = tokens * layer.hidden * ITEMSIZE[self._config.model.dtype]
+        # Two all-reduces a layer and direction, or as many gathers and scatters.
+        sums = 4 if backward and is_recomputed else 2
+        wire = sums * num_layers * full * ring_share(self._layout.tensor)
+        seconds = operations / self._speed + wire / tensor_link(self._layout, self._hardware)
+        if self._layout.pipeline > 1:
+            seconds += full / shards / pipeline_link(self._layout, self._hardware)
+        return seconds
+
+    def reduction_seconds(self, stage: int, per_micro_batch: float) -> float:
+        """Sum of a stage's gradients over replicas, as far as nothing hides it.
+
+        `per_micro_batch` are the seconds of a forward and backward pass on that stage.
+        """
         layout, optimizer = self._layout, self._config.optimizer
-        count = max(layout.parameters(stage) for stage in self._stages())
+        count = layout.parameters(stage)
         moved = FLOAT32 * count * ring_share(layout.data)
         if optimizer.use_distributed_optimizer:
             weight = ITEMSIZE[self._config.model.dtype]
@@ -148,33 +174,44 @@ class StepModel:
         seconds = moved / data_link(layout, self._hardware)
         if optimizer.overlap_grad_reduce:
             # It runs while the last micro-batch goes backward.
-            per_micro_batch = passes / max(1.0, self._micro_batches()[0])
             seconds = max(0.0, seconds - per_micro_batch / 2)
         return seconds
 
-    def _optimizer(self) -> float:
-        """Reading gradients and state, writing state and weights."""
-        slowest = 0
-        for stage in self._stages():
-            static = static_memory(self._config, self._layout, stage)
-            slowest = max(slowest, static.gradients + 2 * static.optimizer + static.weights)
+    def optimizer_seconds(self, stage: int) -> float:
+        """Reading a stage's gradients and state, writing state and weights."""
+        static = static_memory(self._config, self._layout, stage)
+        moved = static.gradients + 2 * static.optimizer + static.weights
         bandwidth = self._hardware.memory_gb_per_s * 1e9 * self._assumed.decode_efficiency
-        return slowest / bandwidth
+        return moved / bandwidth
 
     def _rest(self) -> float:
-        config, link = self._config, self._hardware.host_link_gb_per_s * 1e9
-        seconds = self._workload.num_sequences * self._assumed.reward_seconds
-        seconds /= config.reward.num_workers
-        static = [static_memory(config, self._layout, stage) for stage in self._stages()]
-        if self._has_reference:
-            # In and out, both ways.
-            seconds += 4 * max(s.weights for s in static) / link
-        if config.checkpoint.interval:
-            copied = max(s.weights + s.optimizer for s in static)
-            seconds += copied / link / config.checkpoint.interval
-        return seconds
+        return self.judging_seconds() + self.exchange_seconds() + self.snapshot_seconds()
 
-    def _num_logprob_passes(self) -> int:
+    def judging_seconds(self) -> float:
+        """Rewards of a replica's completions, on its reward workers."""
+        seconds = self._workload.num_sequences * self._assumed.reward_seconds
+        return seconds / self._config.reward.num_workers
+
+    def exchange_seconds(self) -> float:
+        """The reference policy in place of the trained one and back, where there is one."""
+        if not self._has_reference:
+            return 0.0
+        static = [static_memory(self._config, self._layout, stage) for stage in self._stages()]
+        # In and out, both ways.
+        return 4 * max(s.weights for s in static) / (self._hardware.host_link_gb_per_s * 1e9)
+
+    def snapshot_seconds(self) -> float:
+        """Copies to the host for checkpoints, spread over the steps between two."""
+        interval = self._config.checkpoint.interval
+        if not interval:
+            return 0.0
+        static = [static_memory(self._config, self._layout, stage) for stage in self._stages()]
+        copied = max(s.weights + s.optimizer for s in static)
+        return copied / (self._hardware.host_link_gb_per_s * 1e9) / interval
+
+    @property
+    def num_logprob_passes(self) -> int:
+        """Passes without a gradient that each sequence takes: old and reference log-probs."""
         algorithm = self._config.algorithm
         needs_old = algorithm.objective != "reinforce" and not algorithm.bypass_mode
         return (needs_old or algorithm.kl_reward_coef > 0) + self._has_reference
