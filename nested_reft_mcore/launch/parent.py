@@ -5,6 +5,9 @@ import os
 import signal
 import sys
 
+LOCAL_MARKER = "NESTED_REFT_LAUNCHER"
+"""Set to `local` in workers that the bare start made."""
+
 _PR_SET_PDEATHSIG = 1
 
 

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from nested_reft_mcore.launch.hub import listen
-from nested_reft_mcore.launch.parent import die_with_parent
+from nested_reft_mcore.launch.parent import LOCAL_MARKER, die_with_parent
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 BEAT = b'{"pulse": true}\n'
@@ -97,8 +97,8 @@ def is_well(parent: int) -> bool:
 
 
 def end_if_stopped(parent: int) -> None:
-    """Kill the parent if it is stopped, and stays so."""
-    if is_well(parent):
+    """Kill the parent if it is stopped, and stays so; a bare start does that itself."""
+    if is_well(parent) or LOCAL_MARKER in os.environ:
         return
     time.sleep(_LAST_CHANCE_SECONDS)
     if not is_well(parent):

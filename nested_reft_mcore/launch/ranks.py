@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.launch.context import Launcher, RankInfo
-
-LOCAL_MARKER = "NESTED_REFT_LAUNCHER"
-"""Set to `local` in workers that the bare start made."""
+from nested_reft_mcore.launch.parent import LOCAL_MARKER
 
 # rank, size, rank on the node, size of the node. Slurm's srun sets none of Open MPI's four (with
 # --mpi=pmix it sets PMIX_RANK and PMIX_NAMESPACE), and with --mpi=pmi2 it sets PMI_RANK, PMI_SIZE

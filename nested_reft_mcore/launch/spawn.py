@@ -28,7 +28,8 @@ from torch.distributed.elastic.multiprocessing import (
 )
 
 from nested_reft_mcore.launch.exit_codes import ExitCode
-from nested_reft_mcore.launch.ranks import LOCAL_MARKER, node_name
+from nested_reft_mcore.launch.parent import LOCAL_MARKER
+from nested_reft_mcore.launch.ranks import node_name
 from nested_reft_mcore.launch.verdict import VERDICT_KEY, Verdict
 from nested_reft_mcore.launch.watch import Outcome, WorkerWatch
 

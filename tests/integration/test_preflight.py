@@ -143,7 +143,7 @@ def test_a_bad_node_ends_the_job_at_once_on_both(room: Path, tmp_path: Path) -> 
     shared, versions = err.splitlines()[-2:]
     assert shared.startswith(f"preflight: shared: rank 1 on {HOST}: local (run_dir) does not show")
     assert re.fullmatch(
-        rf"versions: rank 1 on {HOST}: this package's code, by checksum is \w+, on 1 of 2 "
+        rf"  versions: rank 1 on {HOST}: this package's code, by checksum is \w+, on 1 of 2 "
         r"processes \w+",
         versions,
     )

@@ -264,3 +264,38 @@ def test_a_pulse_speaks_for_a_process_that_keeps_its_interpreter_lock(watch) -> 
         busy.wait()
     assert helpers
     assert not psutil.wait_procs(helpers, timeout=10)[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process_ends_once_the_others_have_left(rank: int) -> None:
+    """Nobody else may kill it: under srun each task is on its own."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    where = "'one-node'" if rank == 0 else f"'127.0.0.1', '{listener.getsockname()[1]}', '1'"
+    code = (
+        "import time; from nested_reft_mcore.launch.pulse import read_port, start_pulse\n"
+        f"helper = start_pulse({TOKEN!r}, 0.1, {where})\n"
+        f"print({rank} or read_port(helper), flush=True); time.sleep(600)\n"
+    )
+    root = str(Path(nested_reft_mcore.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        if rank == 0:
+            other = socket.create_connection(("127.0.0.1", port))
+            other.sendall(json.dumps({"rank": 1, "token": TOKEN}).encode())
+        else:
+            other, _ = listener.accept()
+        assert other.recv(1000)
+        process.send_signal(signal.SIGSTOP)
+        other.close()
+        assert process.wait(timeout=30) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+        listener.close()
