@@ -154,9 +154,7 @@ _MATH_LABELS = {"level": ("level",), "subject": ("subject", "type")}
 _mawps_answer = first_number("target", "Answer", "answer")
 _svamp_answer = first_number("Answer")
 _contest_answer = first_number("answer")
-_math_question = first_text(
-    "reward_model.ground_truth.question", "problem", "prompt.0.content", "question"
-)
+_math_question = first_text("reward_model.ground_truth.question", "problem", "prompt.0.content")
 _math_demonstration = first_text(*_MATH_SOLUTIONS)
 _math = Preset(_math_question, _math_answer, _math_demonstration, _MATH_LABELS)
 
