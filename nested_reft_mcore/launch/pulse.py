@@ -82,7 +82,9 @@ def main(arguments: list[str]) -> None:
         while not _has_closed(hub, seconds):
             if is_well(parent):
                 hub.sendall(BEAT)
-    end_if_stopped(parent)
+    while True:
+        end_if_stopped(parent)
+        time.sleep(seconds)
 
 
 def is_well(parent: int) -> bool:
@@ -119,6 +121,7 @@ def _serve(listener: socket.socket, token: str, seconds: float, parent: int) -> 
     """Give signs of life to whoever shows the token, this job's processes."""
     print(listener.getsockname()[1], flush=True)
     listeners: dict[socket.socket, int] = {}
+    had_others = False
     strangers: list[socket.socket] = []
     next_beat = 0.0
     while True:
@@ -128,9 +131,8 @@ def _serve(listener: socket.socket, token: str, seconds: float, parent: int) -> 
                 with contextlib.suppress(OSError):
                     strangers.append(listener.accept()[0])
             elif ready in listeners:
-                if _has_closed(ready, 0) and listeners.pop(ready) and not any(listeners.values()):
-                    # All of the others have left.
-                    end_if_stopped(parent)
+                if _has_closed(ready, 0):
+                    del listeners[ready]
             else:
                 strangers.remove(ready)
                 rank = _rank_of(ready, token)
@@ -138,6 +140,9 @@ def _serve(listener: socket.socket, token: str, seconds: float, parent: int) -> 
                     ready.close()
                 else:
                     listeners[ready] = rank
+                    had_others = had_others or rank > 0
+        if had_others and not any(listeners.values()):
+            end_if_stopped(parent)
         if time.monotonic() >= next_beat:
             next_beat = time.monotonic() + seconds
             if is_well(parent):

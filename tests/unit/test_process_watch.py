@@ -20,6 +20,7 @@ import pytest
 
 import nested_reft_mcore
 from nested_reft_mcore.launch.hub import Hub, Member, waiting_lines
+from nested_reft_mcore.launch.parent import LOCAL_MARKER
 from nested_reft_mcore.launch.verdict import Trouble, Verdict, judge
 from nested_reft_mcore.launch.whereabouts import error_whereabouts, main_thread_whereabouts
 from nested_reft_mcore.launch.wire import LineClosed, Wire
@@ -276,10 +277,12 @@ def test_a_stopped_process_ends_once_the_others_have_left(rank: int) -> None:
         f"helper = start_pulse({TOKEN!r}, 0.1, {where})\n"
         f"print({rank} or read_port(helper), flush=True); time.sleep(600)\n"
     )
+    # A bare start kills them itself, and torch's launcher leaves its variables where it was used.
+    environment = {name: value for name, value in os.environ.items() if name != LOCAL_MARKER}
     root = str(Path(nested_reft_mcore.__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": root},
+        env={**environment, "PYTHONPATH": root},
         stdout=subprocess.PIPE,
         text=True,
     )
