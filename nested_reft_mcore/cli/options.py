@@ -72,3 +72,18 @@ def fields(parameters: dict[str, Any]) -> dict[str, Any]:
     sizes = (values.pop("tensor_parallel"), values.pop("pipeline_parallel"))
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     return values | {"parallel": dict(zip(names, sizes, strict=True))}
+
+
+Nodes = Annotated[int, typer.Option(metavar="N", help="Machines.")]
+GpusPerNode = Annotated[int, typer.Option(metavar="G", help="GPUs of each machine.")]
+GpuMemory = Annotated[
+    float | None,
+    typer.Option(metavar="GB", help="Memory of a GPU in 10^9 bytes; default: the hardware's."),
+]
+Hardware = Annotated[
+    str, typer.Option(metavar="a100-80|h100|h200|FILE.yaml", help="What the machines can do.")
+]
+Assume = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Replace an assumption; may be repeated."),
+]

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nested_reft_mcore.cli.options import Checkpoint, ConfigFile, Hf, Overrides
+from nested_reft_mcore.cli.options import (
+    Assume,
+    Checkpoint,
+    ConfigFile,
+    GpuMemory,
+    GpusPerNode,
+    Hardware,
+    Hf,
+    Nodes,
+    Overrides,
+)
 
 if TYPE_CHECKING:
     from nested_reft_mcore.simulation.failures import FaultCost
@@ -34,19 +44,11 @@ class Wanted:
 def simulate(
     config: ConfigFile,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(metavar="N", help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(metavar="G", help="GPUs of each machine.")] = 8,
-    gpu_memory: Annotated[
-        float | None,
-        typer.Option(metavar="GB", help="Memory of a GPU in 10^9 bytes; default: the hardware's."),
-    ] = None,
-    hardware: Annotated[
-        str, typer.Option(metavar="a100-80|h100|h200|FILE.yaml", help="What the machines can do.")
-    ] = "h100",
-    assume: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Replace an assumption; may be repeated."),
-    ] = None,
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = 8,
+    gpu_memory: GpuMemory = None,
+    hardware: Hardware = "h100",
+    assume: Assume = None,
     steps: Annotated[int, typer.Option(metavar="N", help="Steps, each with its own plan.")] = 4,
     seed: Annotated[int, typer.Option(metavar="N", help="Key of lengths and stragglers.")] = 0,
     lengths: Annotated[

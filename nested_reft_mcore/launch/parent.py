@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 LOCAL_MARKER = "NESTED_REFT_LAUNCHER"
 """Set to `local` in workers that the bare start made."""
@@ -21,6 +22,19 @@ def signal_at_parents_death(number: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
         print(f"prctl: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for what a process does: `T` is stopped, `Z` dead and not yet reaped.
+
+    Empty where /proc does not tell.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    # The command's name, in brackets before it, may hold anything.
+    return stat.rpartition(")")[2].split()[0]
 
 
 def die_with_parent(parent: int) -> None:

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from nested_reft_mcore.launch.hub import listen
-from nested_reft_mcore.launch.parent import LOCAL_MARKER, die_with_parent
+from nested_reft_mcore.launch.parent import LOCAL_MARKER, die_with_parent, process_state
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 BEAT = b'{"pulse": true}\n'
@@ -91,11 +91,7 @@ def is_well(parent: int) -> bool:
     """Whether the parent is there and runs, as far as the kernel tells."""
     if os.getppid() != parent:
         raise SystemExit
-    try:
-        stat = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return True
-    return stat.rpartition(")")[2].split()[0] not in ("T", "Z", "X")
+    return process_state(parent) not in ("T", "Z", "X")
 
 
 def end_if_stopped(parent: int) -> None:

@@ -7,9 +7,9 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from nested_reft_mcore.launch.exit_codes import ExitCode
+from nested_reft_mcore.launch.parent import process_state
 from nested_reft_mcore.launch.verdict import Verdict
 
 _REPEAT_STOP_SECONDS = 2.0
@@ -122,7 +122,7 @@ class WorkerWatch:
     def _kill_stopped(self) -> None:
         """A worker that the others have given up because it is stopped hears no other signal."""
         for rank in self.running:
-            if _is_stopped(self.pids[rank]):
+            if process_state(self.pids[rank]) == "T":
                 self.stopped_by_us.add(rank)
                 if rank not in self.hung:
                     self.hung.append(rank)
@@ -149,15 +149,6 @@ def _exit_code(pid: int) -> int | None:
     if info is None:
         return None
     return info.si_status if info.si_code == os.CLD_EXITED else 128 + info.si_status
-
-
-def _is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, as by SIGSTOP; where /proc does not tell, it is not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "T"
 
 
 def _signal_group(pid: int, number: int) -> None:
