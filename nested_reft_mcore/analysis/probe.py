@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, Part, draw_pla
 from nested_reft_mcore.algorithm.sensitivity import SensitivityLaw
 from nested_reft_mcore.analysis.decode_times import measure_decode_times
 from nested_reft_mcore.analysis.plan_meter import PlanMeter
+from nested_reft_mcore.analysis.probe_calibration import plans_near_budget
 from nested_reft_mcore.analysis.probe_compare import compare_laws
 from nested_reft_mcore.analysis.probe_plot import plot_probe
 from nested_reft_mcore.analysis.probe_report import print_probe
@@ -58,9 +59,6 @@ from nested_reft_mcore.training.sensitivity_law import law_of_parts
 PARTS: tuple[Part, ...] = ("layer", "attention", "mlp")
 _LEVELS = (0.3, 0.6, 1.0)
 """Shares of the budget that the sums of KLs of calibration plans fill."""
-_WITHIN = 1 / 3
-"""Share of the calibration plans that has to be within the budget itself, if any plans are."""
-_MOST_CALIBRATIONS = 5
 _RANDOM, _CALIBRATION, _HELD_OUT, _ADVICE = range(4)
 _ADVICE_DRAWS = 32
 
@@ -359,34 +357,6 @@ class Probe:
                     progress.update(done, {})
 
             return self._meter.measure(plans, count)
-
-
-def plans_near_budget(
-    kl_budget: float,
-    draw: Callable[[float], list[LayerSkipPlan]],
-    measure: Callable[[list[LayerSkipPlan]], list[float]],
-) -> list[LayerSkipPlan]:
-    """Plans to fit a prediction of KL to, a third of them within the budget if there are such.
-
-    Where parts cost far more together than their sum, plans whose sums are near the budget say
-    nothing about it: smaller sums are tried.
-
-    Args:
-        kl_budget: Nats per token.
-        draw: A bound on the sum of the parts' KLs to plans; none where it buys nothing.
-        measure: Plans to their KLs.
-    """
-    bound, plans = kl_budget, list[LayerSkipPlan]()
-    for _ in range(_MOST_CALIBRATIONS):
-        cheaper = draw(bound)
-        if not cheaper:
-            break
-        plans = cheaper
-        within = sum(kl <= kl_budget for kl in measure(plans))
-        if within >= _WITHIN * len(plans):
-            break
-        bound /= 4
-    return plans
 
 
 def _sample_answers(

@@ -113,15 +113,8 @@ class RolloutEngine:
         num_slots = choose_num_slots(
             model, plan, length, num_sequences, self.max_slots, self.kv_cache_bytes
         )
-        scheduler = Scheduler(
-            rule,
-            num_slots=num_slots,
-            num_lanes=model.link.num_stages,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            batching=self.batching,
-            draft_length=_draft_length(plan, draft_plan, most_drafted),
-            on_finished=on_finished,
-        )
+        draft_length = _draft_length(plan, draft_plan, most_drafted)
+        scheduler = self._scheduler(rule, model, num_slots, draft_length, on_finished)
         scheduler.submit(prompts, num_samples)
         with torch.inference_mode():
             generation = Generation(
@@ -143,6 +136,24 @@ class RolloutEngine:
             rollouts = generation.rollouts(prompts, prompt_indices, detokenize)
             stats = generation.stats(num_slots, time.perf_counter() - started)
         return RolloutBatch(rollouts, num_samples, plan, stats)
+
+    def _scheduler(
+        self,
+        rule: StopRule,
+        model: DecodeModel,
+        num_slots: int,
+        draft_length: DraftLength | None,
+        on_finished: Callable[[Completion], None] | None,
+    ) -> Scheduler:
+        return Scheduler(
+            rule,
+            num_slots=num_slots,
+            num_lanes=model.link.num_stages,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            batching=self.batching,
+            draft_length=draft_length,
+            on_finished=on_finished,
+        )
 
 
 def _draft_length(

@@ -110,13 +110,9 @@ class Run:
         stop.arm_deadline(config.checkpoint.stop_deadline_seconds, self._leave_unsaved)
         if config.checkpoint.requeue_on_lost_peer:
             self.lifeline.on_lost_peer = self._ask_for_another_start
-        checkpoint = self.checkpoints.find()
-        self.is_fresh = checkpoint is None
-        if checkpoint is not None:
-            self._resume(checkpoint)
-        self.checkpoints.begin(checkpoint, self.state.step)
-        on_main(self._describe_run, context)
-        self.tracker = self._open_tracker(is_resumed=checkpoint is not None)
+        found = self.checkpoints.find()
+        self.is_fresh = found is None
+        self.tracker = self._begin(found)
         self.progress = Progress(
             config.logging.progress if context.is_main else "off",
             num_steps,
@@ -371,6 +367,14 @@ class Run:
 
     def _check_owner(self) -> None:
         check_owner(self.directory, self._incarnation)
+
+    def _begin(self, checkpoint: Path | None) -> Tracker:
+        """Go on from a checkpoint if there is one, and open the run's records."""
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        self.checkpoints.begin(checkpoint, self.state.step)
+        on_main(self._describe_run, self.context)
+        return self._open_tracker(is_resumed=checkpoint is not None)
 
     def _resume(self, checkpoint: Path) -> None:
         state = load_checkpoint(self.policy, self.optimizer, checkpoint)

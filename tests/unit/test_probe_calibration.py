@@ -3,7 +3,7 @@
 import pytest
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.analysis.probe import plans_near_budget
+from nested_reft_mcore.analysis.probe_calibration import plans_near_budget
 
 NUM_LAYERS = 64
 

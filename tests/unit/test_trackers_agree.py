@@ -2,8 +2,10 @@
 
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,11 +58,28 @@ def records_of(log: bytes) -> Iterator[bytes]:
             place += 32768 - place % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", log, place)
-        whole += log[place + 7 : place + 7 + length]
         place += 7 + length
+        if place > len(log):
+            return
+        whole += log[place - length : place]
         if kind in (1, 4):
             yield whole
             whole = b""
+
+
+def of_wandb(path: Path) -> list[Any]:
+    """All records of a finished run, which wandb's own process may write after `finish` returns."""
+    from wandb.proto import wandb_internal_pb2 as protocol
+
+    # Made when imported, which no type checker sees.
+    record_type: Any = vars(protocol)["Record"]
+
+    for _ in range(100):
+        records = [record_type.FromString(data) for data in records_of(path.read_bytes())]
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path}: no record of its end")
 
 
 def test_tensorboard_holds_the_metrics_and_no_others(tmp_path: Path):
@@ -81,16 +100,12 @@ def test_wandb_offline_holds_the_metrics_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("wandb", reason="pip install 'nested_reft_mcore[wandb]'")
-    from wandb.proto import wandb_internal_pb2
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     write(tmp_path, wandb_project="project")
     (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     found: Metrics = {}
-    for data in records_of(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in of_wandb(path):
         items = {
             "/".join([item.key] if item.key else item.nested_key): float(item.value_json)
             for item in record.history.item
