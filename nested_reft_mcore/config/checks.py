@@ -315,6 +315,16 @@ def _check_objective(config: Config) -> None:
             "algorithm.kl_corrected=true weighs a KL term that is not there; set "
             "algorithm.kl_loss_coef above 0"
         )
+    if algorithm.kl_corrected and algorithm.kl_reward_coef:
+        raise UserError(
+            "algorithm.kl_corrected=true: a KL in the reward has no corrected form; found "
+            f"algorithm.kl_reward_coef={algorithm.kl_reward_coef:g}, expected kl_loss_coef alone"
+        )
+    if algorithm.retrace_lambda != 1 and not algorithm.rollout_is.startswith("retrace"):
+        raise UserError(
+            f"algorithm.retrace_lambda={algorithm.retrace_lambda:g} belongs to "
+            f"algorithm.rollout_is=retrace; found rollout_is={algorithm.rollout_is}"
+        )
     if config.reward.overlong_buffer_len > config.rollout.max_new_tokens:
         raise UserError(
             f"reward.overlong_buffer_len={config.reward.overlong_buffer_len} is longer than "

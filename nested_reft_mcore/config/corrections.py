@@ -67,6 +67,7 @@ def read_correction(config: AlgorithmConfig) -> CorrectionChoice:
             raise UserError(
                 f'{key}={threshold}: icepop keeps ratios between two bounds, as in "0.5_5"'
             )
+        _check_around_one(key, str(threshold), "icepop", lower, upper)
         return CorrectionChoice(name, lower, upper)
     if name not in _WITH_UPPER:
         raise UserError(
@@ -90,6 +91,11 @@ def read_rejections(config: AlgorithmConfig) -> tuple[RejectionChoice, ...]:
     """
     key = "algorithm.rollout_rs_threshold"
     names = _entries(config.rollout_rs or "")
+    if config.rollout_rs is not None and not names:
+        raise UserError(
+            f"algorithm.rollout_rs={config.rollout_rs!r} names no rejection; expected a "
+            f"comma-separated list of {', '.join(REJECTIONS)}, or null"
+        )
     thresholds = _entries(
         "" if config.rollout_rs_threshold is None else str(config.rollout_rs_threshold)
     )
@@ -120,12 +126,23 @@ def _rejection(key: str, name: str, threshold: str) -> RejectionChoice:
             f"{key}={threshold}: {name} is never negative and has an upper bound only; expected "
             "one number"
         )
-    if lower is None and name.endswith("k1") and upper < 1:
+    if lower is None and name.endswith("k1") and upper <= 1:
         raise UserError(
             f"{key}={threshold}: {name} with one number keeps ratios from its inverse to it; "
             'expected a number above 1, or two bounds as in "0.5_2"'
         )
+    if lower is not None:
+        _check_around_one(key, threshold, name, lower, upper)
     return RejectionChoice(name, lower, upper)
+
+
+def _check_around_one(key: str, text: str, name: str, lower: float, upper: float) -> None:
+    """Ratios of rollouts without any lag are 1: bounds that leave it out keep nothing of them."""
+    if not lower <= 1 <= upper:
+        raise UserError(
+            f"{key}={text}: {name} with these bounds drops what is on-policy, whose ratio is 1; "
+            'expected bounds on both sides of it, as in "0.5_2"'
+        )
 
 
 def _entries(text: str) -> list[str]:

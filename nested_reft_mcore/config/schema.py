@@ -153,8 +153,8 @@ class AlgorithmConfig(Section):
     """Correction; `token` and `sequence` are verl's, for `tis` and a truncated `trajectory`."""
     rollout_is_threshold: float | str | None = None
     """Largest weight, or "low_high"; left out: 2 for `tis` and `sequence`, "0.5_5" for `icepop`."""
-    retrace_lambda: float = Field(default=1.0, ge=0, le=1)
-    """Lambda of `retrace` and `retrace_cumulative` (arXiv 1606.02647)."""
+    retrace_lambda: float = Field(default=1.0, gt=0, le=1)
+    """Lambda of `retrace` and `retrace_cumulative` (arXiv 1606.02647); 0 would be no gradient."""
     rollout_rs: str | None = None
     """Rejections, comma-separated: token_k1 to _k3, seq_sum_k1, seq_mean_k3, seq_max_k2, ...."""
     rollout_rs_threshold: float | str | None = None

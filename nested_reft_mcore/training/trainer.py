@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from functools import partial
 
 import torch.distributed as dist
 
+from nested_reft_mcore.algorithm.diagnostics import NUM_NON_FINITE
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.algorithm.skip_schedule import LayerSkipSchedule, head_on_last_stage
 from nested_reft_mcore.config.data import eval_sources
@@ -189,6 +191,9 @@ def _split_ratio(
 def _check_engine_noise(run: Run, plan: LayerSkipPlan, first_update: UpdateResult) -> None:
     """Warn where rollouts that have to be on-policy are not."""
     k3_kl = first_update.metrics.get("rollout_corr/k3_kl", 0.0)
+    if first_update.metrics.get(NUM_NON_FINITE, 0.0) > 0:
+        # Such ratios are in no mean: it would tell of the others alone.
+        k3_kl = math.inf
     if plan.skipped or run.config.rollout.replay is not None or not run.context.is_main:
         return
     trouble = explain_engine_noise(k3_kl, run.config.model.dtype)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from nested_reft_mcore.algorithm.diagnostics import rejection_sums
 from nested_reft_mcore.algorithm.importance import (
     CORRECTIONS,
     CorrectionSettings,
@@ -73,6 +74,26 @@ def test_non_finite_ratios_are_dropped_and_counted(name):
     # Where the weight is made of the whole sequence, a ratio that is not known spoils all of it.
     is_known = name not in ("trajectory", "geometric")
     assert weights.kept.tolist() == [[is_known] + [False] * 6]
+
+
+@pytest.mark.parametrize("name", ["trajectory", "prefix"])
+def test_sums_over_a_sequence_are_cut_as_sums(name):
+    settings = CorrectionSettings(log_clamp=2.0)
+    # Each ratio is within the clamp, their sum is not.
+    weights = correction_weights(name, ratio_of([1.5, 1.5, 1.5]), settings).weights
+    assert weights[0, -1].item() == pytest.approx(math.exp(2.0))
+    weights = correction_weights(name, ratio_of([-1.5, -1.5, -1.5]), settings).weights
+    assert weights[0, -1].item() == pytest.approx(math.exp(-2.0))
+
+
+@pytest.mark.parametrize(("lower", "upper"), [(1.0, 2.0), (0.5, 1.0)])
+def test_a_ratio_on_a_bound_of_icepop_is_within(lower, upper):
+    log_ratio, settings = ratio_of([0.0]), CorrectionSettings(lower=lower, upper=upper)
+    found = correction_weights("icepop", log_ratio, settings)
+    assert (found.weights.tolist(), found.kept.tolist()) == ([[1.0]], [[True]])
+    sums = rejection_sums(log_ratio, found, found.kept, settings, log_ratio.num_non_finite).sums
+    for side in ("high", "low"):
+        assert float(sums[f"rollout_corr/rollout_is_ratio_fraction_{side}"]) == 0
 
 
 def test_gradient_of_the_log_ratio_survives_non_finite_neighbours():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from test_config_checks import config
+from test_config_checks import config, refusal
 
 from nested_reft_mcore.algorithm.importance import CorrectionSettings
 from nested_reft_mcore.algorithm.objectives import ObjectiveSettings
@@ -37,7 +37,7 @@ def settings(**options: Any) -> ObjectiveSettings:
         ("tis", None, ("tis", 0.0, 2.0)),
         ("tis", "1.5", ("tis", 0.0, 1.5)),
         ("icepop", None, ("icepop", 0.5, 5.0)),
-        ("icepop", "0.2_0.9", ("icepop", 0.2, 0.9)),
+        ("icepop", "0.2_1", ("icepop", 0.2, 1.0)),
         ("geometric", None, ("geometric", 0.0, math.inf)),
         ("geometric", 1.2, ("geometric", 0.0, 1.2)),
     ],
@@ -57,6 +57,8 @@ def test_corrections_by_name_and_threshold(
         ("icepop", 2, "icepop keeps ratios between two bounds"),
         ("sequence", "0.5_5", "has an upper bound only"),
         ("tis", "two", "rollout_is_threshold"),
+        ("icepop", "0.2_0.9", "drops what is on-policy"),
+        ("token", "2_5", "drops what is on-policy"),
     ],
 )
 def test_thresholds_that_a_correction_cannot_have(
@@ -90,6 +92,36 @@ def test_rejections_and_their_thresholds(
     names: Any, thresholds: Any, expected: tuple[RejectionRule, ...]
 ) -> None:
     assert settings(rollout_rs=names, rollout_rs_threshold=thresholds).rejections == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "threshold", "message"),
+    [
+        (" , ", None, "names no rejection"),
+        ("token_k1", 1, "expected a number above 1"),
+        ("token_k1", "2_3", "drops what is on-policy"),
+        ("token_k2", "0.5_2", "upper bound only"),
+    ],
+)
+def test_rejections_that_cannot_be_meant(names: str, threshold: Any, message: str) -> None:
+    made = config(algorithm={"rollout_rs": names, "rollout_rs_threshold": threshold})
+    with pytest.raises(UserError, match=message):
+        objective_settings(made.algorithm, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_corrected": True}, "weighs a KL term that is not there"),
+        (
+            {"kl_corrected": True, "kl_loss_coef": 0.1, "kl_reward_coef": 0.1},
+            "a KL in the reward has no corrected form",
+        ),
+        ({"retrace_lambda": 0.5, "rollout_is": "tis"}, "belongs to algorithm.rollout_is=retrace"),
+    ],
+)
+def test_options_that_would_do_nothing(options: dict[str, Any], message: str) -> None:
+    assert message in refusal(config(algorithm=options))
 
 
 def test_everything_else_arrives_as_it_was_written() -> None:

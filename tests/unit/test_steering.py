@@ -157,20 +157,23 @@ def test_engine_noise_is_explained_beyond_rounding_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "replay", "k3_kl", "warns"),
+    ("plan", "replay", "metrics", "warns"),
     [
-        ("none", None, 1e-3, True),
-        ("none", None, 1e-8, False),
-        ("3", None, 1e-3, False),
+        ("none", None, {"rollout_corr/k3_kl": 1e-3}, True),
+        ("none", None, {"rollout_corr/k3_kl": 1e-8}, False),
+        ("3", None, {"rollout_corr/k3_kl": 1e-3}, False),
         # Another run's weights made them.
-        ("none", "other", 1e-3, False),
+        ("none", "other", {"rollout_corr/k3_kl": 1e-3}, False),
+        # What is not finite is in no mean, and where nothing is there is no mean.
+        ("none", None, {"rollout_corr/k3_kl": 1e-8, "nested/num_non_finite_ratios": 1.0}, True),
+        ("none", None, {"nested/num_non_finite_ratios": 9.0}, True),
     ],
 )
-def test_a_run_warns_of_an_engine_that_disagrees(plan, replay, k3_kl, warns, caplog) -> None:
+def test_a_run_warns_of_an_engine_that_disagrees(plan, replay, metrics, warns, caplog) -> None:
     run = SimpleNamespace(
         config=config(rollout={"replay": replay}), context=SimpleNamespace(is_main=True)
     )
     nothing = MetricTerms(MetricSums({}, {}), {}, torch.zeros(0))
-    first = UpdateResult(True, nothing, {"rollout_corr/k3_kl": k3_kl}, torch.zeros(1, 1))
+    first = UpdateResult(True, nothing, metrics, torch.zeros(1, 1))
     _check_engine_noise(cast(Any, run), LayerSkipPlan.parse(plan, 12), first)
     assert ("every importance ratio is off by that" in caplog.text) == warns
