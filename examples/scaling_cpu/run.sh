@@ -7,6 +7,7 @@ root=$here/../..
 python=${PYTHON:-python}
 
 # Its text does not matter here: completions have a fixed length and are about nothing.
-"$python" "$root/examples/cpu_demo/make_task.py" --output runs/scaling_cpu/task
+[[ -e runs/scaling_cpu/task/tokenizer.model ]] ||
+  "$python" "$root/examples/cpu_demo/make_task.py" --output runs/scaling_cpu/task
 "$python" "$root/tools/scaling_study.py" run "$here/study.yaml" "$@"
 "$python" "$root/tools/scaling_study.py" report "$here/study.yaml"

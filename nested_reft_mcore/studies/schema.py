@@ -124,14 +124,15 @@ class StudyFile(Section):
 
 
 def load_study(path: Path) -> StudyFile:
-    """Read a study file.
+    """Read a study file. With `extends: FILE` its keys replace those of a file beside it.
+
+    Of `overrides` single options are replaced.
 
     Raises:
         UserError: whatever is wrong with it, with file, line and key.
     """
-    file = read_yaml(path)
-    sources = {key: f"{file.path}:{line}" for key, line in file.lines.items()}
-    study = section_from_dict(StudyFile, file.data, str(file.path), sources)
+    data, sources = _read(path)
+    study = section_from_dict(StudyFile, data, str(path), sources)
     for key, overrides in _all_overrides(study):
         _check_overrides(path, sources, key, overrides)
     for name, size in study.sizes.items():
@@ -142,6 +143,27 @@ def load_study(path: Path) -> StudyFile:
     _check_twice(path, study)
     _check_exclude(path, study)
     return study
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A file's keys over those of the file that it extends, and where each is set."""
+    file = read_yaml(path)
+    own = {key: f"{file.path}:{line}" for key, line in file.lines.items()}
+    other = file.data.pop("extends", None)
+    if other is None:
+        return file.data, own
+    if not isinstance(other, str) or Path(other).name != other:
+        raise UserError(
+            f"{own['extends']}: `extends`: {other!r}: expected the name of a file beside this one"
+        )
+    below = read_yaml(path.with_name(other))
+    if "extends" in below.data:
+        raise UserError(f"{below.path}: `extends`: {path} extends this file; expected one level")
+    data = {**below.data, **file.data}
+    one, more = below.data.get("overrides"), file.data.get("overrides")
+    if isinstance(one, dict) and isinstance(more, dict):
+        data["overrides"] = {**one, **more}
+    return data, {key: f"{below.path}:{line}" for key, line in below.lines.items()} | own
 
 
 def words_of(overrides: Mapping[str, Any]) -> list[str]:

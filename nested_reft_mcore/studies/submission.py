@@ -54,6 +54,9 @@ def submit(
         raise UserError(
             "submit: sbatch is not found; expected a machine of a Slurm cluster, or --dry-run"
         )
+    missing = sorted({run.missing for run in runs if run.missing})
+    if missing and not dry_run:
+        raise UserError(f"submit: not found: {', '.join(missing)}; get the models first")
     arrays = _arrays(runs, predictions, cluster, _due(grid, runs, predictions, retry))
     if not arrays:
         print("nothing to submit: every run is finished, under way, broken, or does not fit")
