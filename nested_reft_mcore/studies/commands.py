@@ -100,7 +100,7 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--max-running", type=_positive, default=4, metavar="N", help="tasks at a time; default: 4"
     )
-    parser.add_argument("--retry", action="store_true", help="also submit what is broken")
+    parser.add_argument("--retry", action="store_true", help="also what is broken or stale")
     parser.add_argument("--dry-run", action="store_true", help="print the command, submit nothing")
     parser.add_argument(
         "--sbatch",
@@ -215,6 +215,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from nested_reft_mcore.studies.queue import queue_states
     from nested_reft_mcore.studies.runner import COME_BACK, Runner
 
     grid = _grid(arguments)
@@ -226,6 +227,11 @@ def _run(arguments: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(text, flush=True)
 
+    queued = {name for name, task in queue_states(grid.output).items() if task.is_active}
+    for run in runs:
+        if run.name in queued:
+            say(f"queued   {run.name}: left to Slurm")
+    runs = tuple(run for run in runs if run.name not in queued)
     sitting = Runner(grid, say).run(runs, retry=arguments.retry, limit=arguments.limit)
     say(
         f"{len(sitting.finished)} of {len(runs)} finished, {len(sitting.broken)} broken, "
@@ -267,6 +273,6 @@ def _report(arguments: argparse.Namespace) -> int:
     from nested_reft_mcore.studies.report import write_report
 
     grid = _grid(arguments)
-    for line in write_report(grid, arguments.output or grid.output / "report"):
+    for line in write_report(grid, arguments.output):
         print(line)
     return 0

@@ -157,7 +157,8 @@ def make_grid(study: StudyFile, path: Path) -> Grid:
         # Ratios that round to one number of layers are one policy.
         count = num_skipped(run.config.nested, run.architecture.num_layers)
         same = (size_name, count, *list(asdict(run.point).values())[2:])
-        if (count == 0 and point.skip_ratio > 0) or same in seen:
+        is_full = count == 0 and point.skip_ratio > 0 and point.at_full_depth().name in runs
+        if is_full or same in seen:
             merged += 1
             continue
         seen.add(same)
@@ -264,8 +265,9 @@ def _make_run(
     budget = size.budget or study.budget
     if budget is not None:
         steps = _steps_of(study, path, point, config, budget)
-        options["train.num_steps"] = planned["train.num_steps"] = steps
-        config = load_config(base, words_of(planned))
+        options["train.num_steps"] = steps
+        train = config.train.model_copy(update={"num_steps": steps})
+        config = config.model_copy(update={"train": train})
     words = words_of(options)
     for word in words:
         if any(sign in word for sign in _SEPARATORS):

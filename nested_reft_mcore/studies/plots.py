@@ -117,7 +117,7 @@ def _panel(
     axes.set_xlabel(plot.x_label, fontsize=8)
     axes.set_ylabel(plot.y_label, fontsize=8)
     if plot.log_x:
-        axes.set_xscale("log", base=2)
+        _powers_of_two(axes, series)
     for one in series:
         index = labels[one.label]
         handle = axes.errorbar(
@@ -132,12 +132,29 @@ def _panel(
             capsize=2,
         )
         handles.setdefault(one.label, handle)
+    axes.set_ylim(*_limits(series))
     if plot.reference is not None:
         last = max(x for one in series for x in one.xs)
         xs = [last * i / 40 for i in range(41)]
         ys = [plot.reference(x) for x in xs]
         (handle,) = axes.plot(xs, ys, color="0.5", linestyle=":", linewidth=1)
         handles.setdefault("layers over layers that run", handle)
+
+
+def _powers_of_two(axes: Any, series: Sequence[Series]) -> None:
+    """A logarithmic axis with the numbers of GPUs that there are."""
+    numbers = sorted({x for one in series for x in one.xs})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+    axes.minorticks_off()
+
+
+def _limits(series: Sequence[Series]) -> tuple[float, float]:
+    """Of the means, with some room: an interval of two seeds may be far wider, and is cut."""
+    means = [y.mean for one in series for y in one.ys]
+    span = (max(means) - min(means)) or abs(max(means)) or 1.0
+    low = min(means) - 0.4 * span
+    return (max(low, 0.0) if min(means) >= 0 else low), max(means) + 0.4 * span
 
 
 def _labels(panels: Iterable[Sequence[Series]]) -> dict[str, int]:
@@ -227,7 +244,7 @@ def _scaling_series(entries: Sequence[PointRow], weak: bool) -> list[Series]:
         key = (entry.rows[0]["num_skipped"], entry.point["correction"], work)
         groups.setdefault(key, []).append(entry)
     found = []
-    for (skipped, correction, _), members in groups.items():
+    for (_, correction, _), members in groups.items():
         speeds = [entry for entry in members if entry.mean("step_tokens_per_second")]
         fastest: dict[int, PointRow] = {}
         for entry in sorted(speeds, key=lambda e: -(e.mean("step_tokens_per_second") or 0)):
@@ -235,7 +252,7 @@ def _scaling_series(entries: Sequence[PointRow], weak: bool) -> list[Series]:
         if len(fastest) < 2:
             continue
         least = fastest[min(fastest)]
-        label = f"{skipped / least.rows[0]['num_layers']:.0%} skipped"
+        label = f"{least.point['skip_ratio']:.0%} skipped"
         several = len({e.point["correction"] for e in entries} - {None}) > 1
         if several and correction:
             label += f", {correction}"

@@ -121,8 +121,12 @@ def _predict(run: StudyRun, cluster: Cluster) -> Prediction:
 
 def _prediction(run: StudyRun, plan: RunPlan, nodes: int, world: int) -> Prediction:
     time = plan.time
+    problem = "; ".join(plan.problems) or None
+    remedy = next((advice.change for advice in plan.advice if advice.fits), None)
+    if problem is not None and remedy is not None:
+        problem = f"{problem}; it would fit with {remedy}"
     return Prediction(
-        problem="; ".join(plan.problems) or None,
+        problem=problem,
         num_parameters=plan.layout.model_parameters,
         nodes=nodes,
         gpus=world,

@@ -30,6 +30,11 @@ class Task:
     slurm_state: str | None
     """Such as `RUNNING`; None where Slurm has forgotten it."""
 
+    @property
+    def is_active(self) -> bool:
+        """Whether Slurm runs it or will."""
+        return self.slurm_state in (*_WAITING, *_GOING)
+
     def state(self, step: int) -> RunState:
         """Of the run, which its directory does not call finished."""
         where = f"{self.job}_{self.index}"

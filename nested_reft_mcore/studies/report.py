@@ -18,12 +18,19 @@ TABLE_FILE = "table.csv"
 REPORT_FILE = "report.md"
 
 
-def write_report(grid: Grid, output: Path) -> list[str]:
+def write_report(grid: Grid, output: Path | None = None) -> list[str]:
     """Write everything about the runs that are finished; returns what was made and left out.
+
+    `output`: left out, `report` in the study's output.
 
     Raises:
         UserError: no run is finished, or the directory cannot be written.
     """
+    command = f"scaling_study.py report {_place(grid.path)}"
+    if output is None:
+        output = grid.output / "report"
+    else:
+        command += f" --output {_place(output)}"
     states = {run.name: state_of(run, being_run=is_being_run(grid.output)) for run in grid.runs}
     rows = [row for run in grid.runs if (row := _row(run, states[run.name])) is not None]
     if not rows:
@@ -45,7 +52,7 @@ def write_report(grid: Grid, output: Path) -> list[str]:
             made.append(draw(plot, output))
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    text = _markdown(grid, rows, markdown(table), plots, states)
+    text = _markdown(grid, rows, markdown(table), plots, states, command)
     write_aside(output / REPORT_FILE, text)
     files = [output / name for name in (REPORT_FILE, TABLE_FILE, RESULTS_FILE)]
     return [
@@ -68,9 +75,15 @@ def _why_left_out(plot: Plot) -> str:
 
 
 def _markdown(
-    grid: Grid, rows: Sequence[Row], table: str, plots: Sequence[Plot], states: dict[str, RunState]
+    grid: Grid,
+    rows: Sequence[Row],
+    table: str,
+    plots: Sequence[Plot],
+    states: dict[str, RunState],
+    command: str,
 ) -> str:
-    lines = [f"# {grid.study.name}", "", *_origin(grid, rows), "", table, "", *_meaning(rows), ""]
+    origin = _origin(grid, rows, command)
+    lines = [f"# {grid.study.name}", "", *origin, "", table, "", *_meaning(rows), ""]
     for plot in plots:
         if not plot.is_empty:
             lines += [f"## {plot.title}", "", f"![{plot.title}]({plot.name}.png)", ""]
@@ -81,7 +94,7 @@ def _markdown(
     return "\n".join(lines)
 
 
-def _origin(grid: Grid, rows: Sequence[Row]) -> list[str]:
+def _origin(grid: Grid, rows: Sequence[Row], command: str) -> list[str]:
     """Machines, commits and dates of the runs, each kind once."""
     machines = Counter(_machine(row) for row in rows)
     commits = Counter(
@@ -93,13 +106,22 @@ def _origin(grid: Grid, rows: Sequence[Row]) -> list[str]:
     timed = sorted({row["timed_steps"] for row in rows})
     return [
         f"{len(rows)} of {len(grid.runs)} runs of `{grid.path.name}`. {equal} Made by "
-        f"`python tools/scaling_study.py report {_place(grid.path)}`.",
+        f"`python tools/{command}`.",
         "",
         *(f"- Machine: {name}" + _times(machines, number) for name, number in machines.items()),
         *(f"- Commit: {name}" + _times(commits, number) for name, number in commits.items()),
         f"- Date: {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else ""),
         f"- Timed steps of a run, the first one left out: {', '.join(map(str, timed))}",
+        *_whole(rows),
     ]
+
+
+def _whole(rows: Sequence[Row]) -> list[str]:
+    """What all runs took, where all have been timed from outside."""
+    seconds = [row["seconds"] for row in rows]
+    if None in seconds:
+        return []
+    return [f"- All runs one after the other, starts and saves included: {sum(seconds):,.0f} s"]
 
 
 def _place(path: Path) -> str:
@@ -126,7 +148,8 @@ def _machine(row: Row) -> str:
 def _meaning(rows: Sequence[Row]) -> list[str]:
     seeds = len({row["point"]["seed"] for row in rows})
     spread = (
-        "± is half of a 95% interval over seeds (Student's t); nothing stands where there is one."
+        "± is half of a 95% interval over seeds (Student's t); nothing stands where there is "
+        "one. In plots bars that leave a panel are cut."
         if seeds > 1
         else "One seed: no intervals."
     )

@@ -12,11 +12,12 @@ from typing import Any
 from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.report.run_record import RunRecord, read_run
 from nested_reft_mcore.studies.grid import StudyRun, tokens_per_step
-from nested_reft_mcore.studies.states import STEP_METRIC, write_aside
+from nested_reft_mcore.studies.states import STEP_METRIC, read_record, write_aside
 
 RESULTS_FILE = "results.jsonl"
 TIMES = ("timing_s/", "perf/")
 """Prefixes of the metrics whose medians are kept."""
+VERSIONS = ("torch", "megatron-core")
 GREEDY = "/reward/greedy"
 SAMPLED = "/reward/mean@"
 _ACCURACY = "val-core/"
@@ -42,8 +43,10 @@ def row_of(run: StudyRun, num_parameters: int | None) -> Row | None:
     if not steps:
         return None
     timed = steps[1:] or steps
+    outcome = read_record(run.directory)
     environment = record.environment
     git = environment.get("git") or {}
+    versions = environment.get("versions") or {}
     return {
         "name": run.name,
         "run_dir": run.directory.name,
@@ -52,7 +55,7 @@ def row_of(run: StudyRun, num_parameters: int | None) -> Row | None:
         "changed": git.get("changed"),
         "date": environment.get("time"),
         "machine": _machine(environment),
-        "versions": environment.get("versions", {}),
+        "versions": {name: versions.get(name) for name in VERSIONS},
         "parameters": num_parameters,
         "num_layers": run.architecture.num_layers,
         "num_skipped": num_skipped(run.config.nested, run.architecture.num_layers),
@@ -66,6 +69,7 @@ def row_of(run: StudyRun, num_parameters: int | None) -> Row | None:
         "kl": _mean(steps, "rollout_corr/kl"),
         "ess": _mean(steps, "nested/ess"),
         "stage_imbalance": _mean(steps, "nested/stage_imbalance"),
+        "seconds": None if outcome is None else outcome.seconds,
         "training_seconds": round(_total_seconds(steps), 4),
         "evaluations": _evaluations(record, run.point.world_size),
     }
@@ -108,7 +112,11 @@ def _evaluations(record: RunRecord, world_size: int) -> list[Row]:
         sampled = sampled_accuracy(line)
         if greedy is None and sampled is None:
             continue
-        sets = {name: value for name, value in line.items() if name.startswith(_ACCURACY) and value}
+        sets = {
+            name: value
+            for name, value in line.items()
+            if name.startswith(_ACCURACY) and value is not None
+        }
         found.append(
             {
                 "step": line["step"],

@@ -22,7 +22,10 @@ def status_of(grid: Grid, predictions: Mapping[str, Prediction]) -> dict[str, Ru
         task = queued.get(run.name)
         record = read_record(run.directory)
         is_newer = task is not None and (record is None or task.submitted > record.started)
-        if task is not None and is_newer and state.kind not in ("finished", "stale"):
+        if task is not None and task.is_active:
+            # Whatever the study says by now: a task has the options of its submission.
+            state = task.state(state.step)
+        elif task is not None and is_newer and state.kind not in ("finished", "stale"):
             state = task.state(state.step)
         elif state.kind == "missing" and not predictions[run.name].fits:
             state = RunState("does not fit", detail=predictions[run.name].problem or "")

@@ -15,7 +15,7 @@ from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.studies.grid import Grid, StudyRun
 from nested_reft_mcore.studies.prediction import Cluster, Prediction
 from nested_reft_mcore.studies.queue import SUBMISSIONS
-from nested_reft_mcore.studies.states import RunState, now, write_aside
+from nested_reft_mcore.studies.states import RunState, now, set_aside, write_aside
 from nested_reft_mcore.studies.status import status_of
 
 SCRIPT = "slurm/sweep.sh"
@@ -57,7 +57,7 @@ def submit(
     missing = sorted({run.missing for run in runs if run.missing})
     if missing and not dry_run:
         raise UserError(f"submit: not found: {', '.join(missing)}; get the models first")
-    arrays = _arrays(runs, predictions, cluster, _due(grid, runs, predictions, retry))
+    arrays = _arrays(runs, predictions, cluster, _due(grid, runs, predictions, retry, dry_run))
     if not arrays:
         print("nothing to submit: every run is finished, under way, broken, or does not fit")
         return 0
@@ -67,17 +67,23 @@ def submit(
 
 
 def _due(
-    grid: Grid, runs: Sequence[StudyRun], predictions: Mapping[str, Prediction], retry: bool
+    grid: Grid,
+    runs: Sequence[StudyRun],
+    predictions: Mapping[str, Prediction],
+    retry: bool,
+    dry_run: bool,
 ) -> set[str]:
     """Names of the runs to submit; says which are left out though they are not finished."""
     states = status_of(grid, predictions)
-    wanted = (*_DUE, "broken") if retry else _DUE
+    wanted = (*_DUE, "broken", "stale") if retry else _DUE
     due = set()
     for run in runs:
         state = states[run.name]
         problem = predictions[run.name].problem
         if state.kind in wanted and problem is None:
             due.add(run.name)
+            if state.kind == "stale" and not dry_run:
+                print(f"stale: {run.name}: what there was is now {set_aside(run.directory).name}")
         elif state.kind != "finished":
             told = state if problem is None else RunState("does not fit", detail=problem)
             print(f"left out: {run.name}: {told.describe(run.num_steps)}")

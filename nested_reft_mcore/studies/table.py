@@ -197,24 +197,25 @@ def _cells(entry: PointRow) -> list[str]:
         str(len(entry.rows)),
         _cell(entry, "tokens_per_second", "{:,.0f}"),
         _cell(entry, "generation_speedup", "{:.2f}x"),
-        _cell(entry, "step_seconds", "{:.3g}"),
+        _cell(entry, "step_seconds", "{:.3g}", "{:.2g}"),
         _cell(entry, "step_speedup", "{:.2f}x"),
         _cell(entry, "generation_share", "{:.0%}"),
         _cell(entry, "kl", "{:.3f}"),
         _cell(entry, "ess", "{:.2f}"),
         change,
-        _cell(entry, "gpu_hours", "{:.3g}"),
+        _cell(entry, "gpu_hours", "{:.3g}", ""),
     ]
 
 
-def _cell(entry: PointRow, measure: str, form: str) -> str:
-    """Mean and half interval, which full depth has none of where it is compared with itself."""
+def _cell(entry: PointRow, measure: str, form: str, half_form: str | None = None) -> str:
+    """Mean and half interval; none where full depth is compared with itself, or without a form."""
     found = entry.estimates.get(measure)
     if found is None:
         return ""
     told = form.format(found.mean)
     if told.lstrip("-") == form.format(0):
         told = form.format(0)
-    if found.half is None or (found.half == 0 and entry.point["skip_ratio"] == 0):
+    is_reference = found.half == 0 and entry.point["skip_ratio"] == 0
+    if half_form == "" or found.half is None or is_reference:
         return told
-    return f"{told} ± {form.format(found.half)}"
+    return f"{told} ± {(half_form or form).format(found.half)}"
