@@ -17,6 +17,7 @@ from typing import Any
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import load_config
 from nested_reft_mcore.observability.tracking import read_metrics
+from nested_reft_mcore.studies.results import greedy_accuracy
 
 RESULTS_FILE = "results.csv"
 LAST_STEPS = 10
@@ -28,16 +29,6 @@ MEANS = {
     "tokens_per_second": "perf/generated_tokens_per_second",
     "seconds_per_step": "timing_s/step",
 }
-
-
-def greedy_accuracy(line: dict[str, Any]) -> float | None:
-    """Of the full policy, the mean over the sets; None where the line has no evaluation."""
-    found = [
-        value
-        for name, value in line.items()
-        if name.startswith("val-core/") and name.endswith("/reward/greedy") and "@skip=" not in name
-    ]
-    return statistics.fmean(found) if found else None
 
 
 def row_of(run_dir: Path) -> dict[str, Any] | None:

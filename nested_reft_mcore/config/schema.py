@@ -114,6 +114,8 @@ class RolloutConfig(Section):
     """Tokens that end a completion, beside the tokenizer's end of sequence."""
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a completion as soon as it contains one."""
+    ignore_eos: bool = False
+    """Training rollouts go on past ends of sequence; stop tokens and strings still end them."""
     mode: Literal["nested", "full", "speculative"] = "nested"
     """Skip layers; skip none; or lossless: the nested policy drafts, the full one verifies."""
     max_draft_tokens: int = Field(default=8, gt=0)

@@ -23,7 +23,7 @@ from nested_reft_mcore.planning.layer_costs import (
 )
 from nested_reft_mcore.planning.layout import Layout
 from nested_reft_mcore.planning.links import pipeline_link, ring_share, tensor_link
-from nested_reft_mcore.planning.workload import ITEMSIZE, Workload
+from nested_reft_mcore.planning.workload import ITEMSIZE, Workload, mean_response
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DecodeModel:
         self._speed = peak * 1e12 * assumed.matmul_efficiency
         self._bandwidth = hardware.memory_gb_per_s * 1e9 * assumed.decode_efficiency
         self._prompt = assumed.prompt_fill * config.data.max_prompt_length
-        self._response = assumed.response_fill * config.rollout.max_new_tokens
+        self._response = mean_response(config, assumed)
         self._slots = max(1, slots)
         self._layers = [layout.layers_of(stage) for stage in range(layout.pipeline)]
 

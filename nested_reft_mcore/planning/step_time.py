@@ -19,7 +19,7 @@ from nested_reft_mcore.planning.layer_costs import FLOAT32, forward_operations
 from nested_reft_mcore.planning.layout import Layout
 from nested_reft_mcore.planning.links import data_link, pipeline_link, ring_share, tensor_link
 from nested_reft_mcore.planning.memory import static_memory
-from nested_reft_mcore.planning.workload import ITEMSIZE, Workload
+from nested_reft_mcore.planning.workload import ITEMSIZE, Workload, mean_response
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class StepModel:
         self._assumed = hardware.assumptions
         self.decode = DecodeModel(config, layout, workload, hardware, slots)
         self._prompt = self._assumed.prompt_fill * config.data.max_prompt_length
-        self._response = self._assumed.response_fill * config.rollout.max_new_tokens
+        self._response = mean_response(config, self._assumed)
         peak = hardware.peak_tflops
         if ITEMSIZE[config.model.dtype] == FLOAT32:
             peak = hardware.peak_tflops_float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nested_reft_mcore.config.schema import Config
+from nested_reft_mcore.planning.hardware import Assumptions
 from nested_reft_mcore.planning.layer_costs import ActivationShape, Kernels
 from nested_reft_mcore.planning.layout import Layout
 
@@ -34,6 +35,12 @@ class Workload:
     """Sequences that would be decoded together if memory were no matter."""
     slot_length: int
     """Positions of a slot."""
+
+
+def mean_response(config: Config, assumed: Assumptions) -> float:
+    """Tokens of a mean response: a share of the limit, all where ends of sequence are ignored."""
+    limit = config.rollout.max_new_tokens
+    return float(limit) if config.rollout.ignore_eos else assumed.response_fill * limit
 
 
 def workload_of(config: Config, layout: Layout, kernels: Kernels) -> Workload:

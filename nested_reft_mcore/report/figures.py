@@ -12,9 +12,9 @@ from nested_reft_mcore.report.page_data import skipped_cells
 from nested_reft_mcore.report.run_record import RunRecord
 
 # Okabe and Ito's colours; dashes and markers tell runs apart in grey.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_DASHES = ("-", "--", ":", "-.")
-_MARKERS = "os^vDXP"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "os^vDXP"
 _PLOTS = (
     ("reward", "critic/rewards/mean", "reward"),
     ("warmup_loss", "sft/loss", "loss, nats per token"),
@@ -31,7 +31,7 @@ _PHASES = (
     ("reference", "timing_s/ref"),
     ("update", "timing_s/update_actor"),
 )
-_DPI = 200
+DPI = 200
 
 
 def save_figures(runs: Sequence[RunRecord], directory: Path) -> list[Path]:
@@ -94,7 +94,7 @@ def _save(path: Path, draw: Callable[[Any], None], label: str, legend: bool = Tr
     draw(axes)
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
     return path
 
 
@@ -104,7 +104,7 @@ def _column(run: RunRecord, metric: str) -> tuple[list[float], list[float]]:
 
 
 def _style(index: int) -> dict[str, Any]:
-    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index % len(_DASHES)]}
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
 
 
 def _lines(axes: Any, runs: Sequence[RunRecord], metric: str) -> None:
@@ -131,7 +131,7 @@ def _accuracy(axes: Any, runs: Sequence[RunRecord], metric: str) -> None:
             values,
             yerr=errors,
             label=run.name,
-            marker=_MARKERS[index % len(_MARKERS)],
+            marker=MARKERS[index % len(MARKERS)],
             markersize=4,
             capsize=2,
             linewidth=1.2,
@@ -152,7 +152,7 @@ def _stack(axes: Any, run: RunRecord) -> None:
         *(values for _, values in parts),
         rest,
         labels=[*(label for label, _ in parts), "rest"],
-        colors=_COLOURS,
+        colors=COLOURS,
         alpha=0.85,
     )
 

@@ -15,6 +15,7 @@ from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.planning.hardware import DEFAULT_HARDWARE, HardwareProfile
 from nested_reft_mcore.planning.run_plan import RunPlan, make_plan
 from nested_reft_mcore.planning.skip_gain import skip_plans
+from nested_reft_mcore.planning.workload import mean_response
 from nested_reft_mcore.simulation.lengths import LengthLaw, length_law
 from nested_reft_mcore.simulation.rollout_phase import stack
 from nested_reft_mcore.simulation.slots import Batching, count_rounds
@@ -151,7 +152,7 @@ def simulate(scenario: Scenario) -> Simulation:
     layout, assumed = run.layout, run.hardware.assumptions
     law = length_law(
         scenario.lengths,
-        assumed.response_fill * config.rollout.max_new_tokens,
+        mean_response(config, assumed),
         config.rollout.max_new_tokens,
         scenario.length_spread,
         scenario.length_correlation,

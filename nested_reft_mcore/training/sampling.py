@@ -25,13 +25,17 @@ def cache_bytes(options: RolloutConfig | GenerateOptions) -> int | None:
     return None if options.kv_cache_gb is None else int(options.kv_cache_gb * 1e9)
 
 
-def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, ...]:
+def stop_token_ids(
+    tokenizer: Tokenizer, extra: tuple[str, ...], ignore_eos: bool = False
+) -> tuple[int, ...]:
     """Every id that ends a completion: the tokenizer's ends of sequence and `extra` tokens.
+
+    With `ignore_eos` the `extra` tokens alone, as vLLM's option of this name has it.
 
     Raises:
         UserError: the tokenizer has no such token.
     """
-    ids = set(tokenizer.eos_token_ids)
+    ids = set() if ignore_eos else set(tokenizer.eos_token_ids)
     for token in extra:
         token_id = tokenizer.token_to_id(token)
         if token_id is None:
@@ -44,11 +48,16 @@ def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, .
 
 
 def training_sampling(config: Config, tokenizer: Tokenizer, step: int) -> SamplingParams:
-    """The full distribution at the config's temperature, keyed by (seed, step)."""
+    """The full distribution at the config's temperature, keyed by (seed, step).
+
+    Raises:
+        UserError: a stop token is none.
+    """
+    options = config.rollout
     return SamplingParams(
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        stop_token_ids=stop_token_ids(tokenizer, config.rollout.stop_tokens),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        stop_token_ids=stop_token_ids(tokenizer, options.stop_tokens, options.ignore_eos),
         stop_strings=config.rollout.stop_strings,
         seed=config.seed,
         step=step,

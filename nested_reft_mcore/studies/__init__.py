@@ -1,0 +1,1 @@
+"""Scaling studies: a grid of runs, planned, run here or under Slurm, and reported."""
