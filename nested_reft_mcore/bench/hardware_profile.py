@@ -72,8 +72,10 @@ class ProfileDraft:
 def draft_profile(results: HardwareResults) -> ProfileDraft:
     """The profile of what was measured, and of what the built-in one nearest to it says."""
     base = BUILT_IN[nearest_built_in(results.device_name)]
-    fields = (*_compute(results, base), *_bandwidths(results, base), *_machine(results))
-    return ProfileDraft(fields, _assumptions(results))
+    fields = [*_compute(results, base), *_bandwidths(results, base), *_machine(results)]
+    kept = [entry.key for entry in fields if not entry.is_measured]
+    fields.append(Entry("source", _source(results, base, kept), ""))
+    return ProfileDraft(tuple(fields), _assumptions(results))
 
 
 def nearest_built_in(device_name: str) -> str:
@@ -158,18 +160,21 @@ def _bandwidths(results: HardwareResults, base: HardwareProfile) -> list[Entry]:
 
 def _machine(results: HardwareResults) -> list[Entry]:
     of_device = "the device" if results.device == "cuda" else "a process's share of the machine"
-    environment = results.environment
-    source = (
-        f"bench hardware on {results.device_name}, {results.processes} processes of "
-        f"{results.threads} threads, {environment.get('time', '')}"
-    )
     kernels = "fused" if results.device == "cuda" else "cpu"
     return [
         Entry("memory_gb", _short(results.device_bytes / _GIGA), of_device),
         Entry("host_memory_gb", _short(results.host_bytes / _GIGA), "of a node"),
         Entry("kernels", kernels, "how norms and SwiGLU are computed"),
-        Entry("source", source, ""),
     ]
+
+
+def _source(results: HardwareResults, base: HardwareProfile, kept: Sequence[str]) -> str:
+    """Goes with the profile wherever it is written again, so it has what must not be forgotten."""
+    text = (
+        f"bench hardware on {results.device_name}, {results.processes} processes of "
+        f"{results.threads} threads, {results.environment.get('time', '')}"
+    )
+    return f"{text}; not measured, of {base.name}: {', '.join(kept)}" if kept else text
 
 
 def _assumptions(results: HardwareResults) -> tuple[Entry, ...]:

@@ -91,6 +91,8 @@ def test_what_was_not_measured_is_a_built_in_value_and_says_so():
     text = draft.to_yaml("x")
     line = next(row for row in text.splitlines() if row.startswith("network_gb_per_s"))
     assert "NOT MEASURED (one node): the built-in value of h100" in line
+    # Other files that are made of this one say it too.
+    assert "not measured, of h100: peak_tflops, network_gb_per_s" in draft.profile("x").source
     told = hardware_report(results(), draft)
     assert "network_gb_per_s 50: NOT MEASURED" in told
     alone = results(processes=1, sharing=None, links=())
