@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+from nested_reft_mcore.bench.products import square_product
+from nested_reft_mcore.bench.timing import seconds_of
 
 _PRODUCT_SIZE = 2048
 _READ_BYTES = 2**28
@@ -41,17 +41,12 @@ class StepBound:
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Both rates with this process's threads: the best of a few trials."""
-    left, right = torch.randn(2, _PRODUCT_SIZE, _PRODUCT_SIZE, device=device).to(dtype)
-    product = torch.empty_like(left)
-    # Larger than any cache; integers, so that nothing but reading takes time.
+    multiply, operations = square_product(_PRODUCT_SIZE, dtype, device)
+    # Larger than most caches; integers, so that nothing but reading takes time.
     memory = torch.ones(_READ_BYTES // 8, dtype=torch.int64, device=device)
-
-    def multiply() -> Tensor:
-        return torch.mm(left, right, out=product)
-
     return Machine(
-        peak_flops=2 * _PRODUCT_SIZE**3 / _best_seconds(multiply, device),
-        read_bandwidth=_READ_BYTES / _best_seconds(memory.sum, device),
+        peak_flops=operations / min(seconds_of(multiply, device, _TRIALS, 1)),
+        read_bandwidth=_READ_BYTES / min(seconds_of(memory.sum, device, _TRIALS, 1)),
     )
 
 
@@ -61,14 +56,3 @@ def step_bound(num_weights: int, weight_bytes: int, num_rows: int, machine: Mach
         weight_seconds=weight_bytes / machine.read_bandwidth,
         arithmetic_seconds=2 * num_weights * num_rows / machine.peak_flops,
     )
-
-
-def _best_seconds(action: Callable[[], object], device: torch.device) -> float:
-    found = []
-    for _ in range(_TRIALS):
-        started = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
-    return min(found)

@@ -18,19 +18,14 @@ from nested_reft_mcore.cli.options import (
 bench_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="""Measure how fast this machine generates.
+    help="""Measure how fast this machine generates, and what it can do at best.
 
     \b
-    Example:
+    Examples:
       nested-reft bench rollout --hf models/base --output rollout.json
+      nested-reft bench hardware --output mine.yaml
     """,
 )
-
-
-@bench_app.callback()
-def _describe_bench() -> None:
-    # Without a callback the only command of a group would be the group itself.
-    pass
 
 
 @bench_app.command("rollout")
@@ -100,3 +95,55 @@ def bench_rollout(
     from nested_reft_mcore.cli.measuring import run_bench_rollout
 
     leave(lambda: run_bench_rollout(values))
+
+
+@bench_app.command("hardware")
+def bench_hardware(
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.yaml", help="Write the profile that --hardware reads."),
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Processes; default: one a GPU, or two without GPUs."),
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write every number here.")
+    ] = None,
+    dtypes: Annotated[
+        str, typer.Option(metavar="auto|LIST", help="float32, bfloat16; auto: both on a GPU.")
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(metavar="N", help="Medians are over these.")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: shows that it works, measures little.")
+    ] = False,
+) -> None:
+    """Measure matrix products, memory and links, and write a profile of this machine.
+
+    Products: a large square one, those of decoding (1 to 128 rows, by the kernels that decoding
+    uses here) and those of an update. Memory: a matrix times a vector, a copy. Then the same by all
+    processes of a node at once, and all-reduces and messages between them by size, gloo or NCCL.
+    Run it with as many processes a node as training will have, on nothing else; under srun or
+    torchrun on two nodes it measures the network too. What it cannot measure stays at a built-in
+    value, and the profile says so. docs/planning.md tells how plans use it.
+
+    The CUDA side has not been run on a GPU yet.
+
+    \b
+    Examples:
+      nested-reft bench hardware --output mine.yaml
+      nested-reft plan config.yaml --hardware mine.yaml
+      srun --nodes 2 --ntasks-per-node 8 nested-reft bench hardware --output mine.yaml
+    """
+    values = {
+        "output": output,
+        "nproc": nproc,
+        "json_file": json_file,
+        "dtypes": dtypes,
+        "rounds": rounds,
+        "quick": quick,
+    }
+    from nested_reft_mcore.cli.entry import leave
+    from nested_reft_mcore.cli.measuring import run_bench_hardware
+
+    leave(lambda: run_bench_hardware(values))

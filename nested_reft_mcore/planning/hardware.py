@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nested_reft_mcore.config.base import Section
 from nested_reft_mcore.config.errors import UserError
@@ -27,16 +27,38 @@ class Assumptions(Section):
     """Share of the memory bandwidth that decoding reaches."""
     link_efficiency: float = Field(default=0.7, gt=0, le=1)
     """Share of a link's bandwidth that a collective reaches."""
+    decode_matmul_efficiency: float = Field(default=1.0, gt=0, le=1)
+    """Share of the rate of `product_shares`, where there are any, that decoding reaches."""
+    optimizer_efficiency: float = Field(default=0.6, gt=0, le=1)
+    """Share of the memory bandwidth that the optimizer reaches."""
     layer_overhead_us: float = Field(default=15.0, ge=0)
     """Time of a layer in a decoding pass that no byte accounts for, in microseconds."""
+    pass_overhead_us: float = Field(default=0.0, ge=0)
+    """Time of a decoding pass apart from layers and head: the scheduler's Python, launching."""
+    row_overhead_us: float = Field(default=0.0, ge=0)
+    """The same for each sequence of the pass: keeping its record, embedding, drawing its token."""
     all_reduce_latency_us: float = Field(default=12.0, ge=0)
     """Time of a small all-reduce over the tensor-parallel ranks, in microseconds."""
     message_latency_us: float = Field(default=20.0, ge=0)
     """Time of a small message between two pipeline stages, in microseconds."""
+    message_overhead_us: float = Field(default=0.0, ge=0)
+    """What a decoding pass costs a stage itself to receive and send, in microseconds."""
+    update_layer_overhead_us: float = Field(default=0.0, ge=0)
+    """Time of a layer in a micro-batch, in each direction, that no operation accounts for."""
+    micro_batch_overhead_us: float = Field(default=0.0, ge=0)
+    """Time of a micro-batch in each direction apart from layers and head."""
+    activation_traffic: float = Field(default=0.0, ge=0)
+    """Times that an update reads or writes what it keeps for its backward passes; 0: hidden."""
+    update_overhead_ms: float = Field(default=0.0, ge=0)
+    """Fixed time of an update: clipping, the optimizer's Python, metrics; milliseconds."""
+    step_overhead_ms: float = Field(default=0.0, ge=0)
+    """Fixed time of a step beside generation, log-probs, updates and rewards; milliseconds."""
     prompt_fill: float = Field(default=0.25, gt=0, le=1)
     """Mean prompt, as a share of data.max_prompt_length."""
     response_fill: float = Field(default=0.5, gt=0, le=1)
     """Mean response, as a share of rollout.max_new_tokens."""
+    length_spread: float = Field(default=0.7, ge=0)
+    """Deviation of the logarithm of a response's length; 0: all have the mean."""
     packing_fill: float = Field(default=0.9, gt=0, le=1)
     """Share of train.max_tokens_per_micro_batch that is no padding."""
     accept_rate: float = Field(default=0.7, ge=0, lt=1)
@@ -66,9 +88,57 @@ class HardwareProfile(Section):
     """To host memory."""
     host_memory_gb: float | None = Field(default=None, gt=0)
     """Host memory of a node; left out: reported, not checked."""
+    kernels: Literal["fused", "cpu"] = "fused"
+    """`cpu`: norms and SwiGLU are single operators, which keep more for the backward pass."""
+    product_shares: tuple[tuple[float, float], ...] = ()
+    """Rows of a decoding product, and its share of the peak; left out: all reach the same."""
+    busy_processes: int = Field(default=1, gt=0)
+    """Processes of a node that were at work together when the next two were measured."""
+    busy_compute_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of its product rate that a process keeps then; 1 where each has a device of its own."""
+    busy_memory_share: float = Field(default=1.0, gt=0, le=1)
+    """The same of its memory bandwidth."""
     source: str = ""
     """Where the figures come from."""
     assumptions: Assumptions = Assumptions()
+
+    @field_validator("product_shares")
+    @classmethod
+    def _check_shares(cls, shares: tuple[tuple[float, float], ...]) -> Any:
+        rows = [row for row, _ in shares]
+        if any(row < 1 or share <= 0 for row, share in shares) or rows != sorted(set(rows)):
+            raise ValueError("expected pairs [rows, share], rows ascending from 1, shares above 0")
+        return shares
+
+    def crowded(self, num_processes: int) -> HardwareProfile:
+        """What each of so many processes of a node has while all of them work.
+
+        Between one process and `busy_processes` shares fall evenly; beyond, what there is is
+        divided. Devices that share nothing stay as they are.
+        """
+        compute = _share_left(self.busy_compute_share, self.busy_processes, num_processes)
+        memory = _share_left(self.busy_memory_share, self.busy_processes, num_processes)
+        if compute == memory == 1.0:
+            return self
+        return self.model_copy(
+            update={
+                "peak_tflops": self.peak_tflops * compute,
+                "peak_tflops_float32": self.peak_tflops_float32 * compute,
+                "memory_gb_per_s": self.memory_gb_per_s * memory,
+                "busy_processes": 1,
+                "busy_compute_share": 1.0,
+                "busy_memory_share": 1.0,
+            }
+        )
+
+
+def _share_left(share: float, measured: int, count: int) -> float:
+    if measured == 1 or count == 1:
+        return 1.0
+    if count <= measured:
+        return 1 - (1 - share) * (count - 1) / (measured - 1)
+    # All that the node has, once it is used up; never more than each had.
+    return share if share == 1.0 else share * measured / count
 
 
 _HOPPER = (

@@ -21,6 +21,7 @@ from nested_reft_mcore.planning.hardware import (
     HardwareProfile,
     load_hardware,
 )
+from nested_reft_mcore.planning.layer_costs import Kernels
 from nested_reft_mcore.planning.layout import Layout
 from nested_reft_mcore.planning.memory import (
     HostMemory,
@@ -116,14 +117,17 @@ def make_plan(
     check_depth(config, architecture.num_layers)
     layout = Layout.of(architecture, config.parallel, nodes, gpus_per_node)
     check_batches(config, layout.data)
-    workload = workload_of(config, layout, "fused")
-    ranks, host = _memory(config, layout, room), host_memory(config, layout)
+    workload = workload_of(config, layout, hardware.kernels)
+    ranks, host = _memory(config, layout, room, hardware.kernels), host_memory(config, layout)
     advice: Sequence[Advice] = ()
     if find_problems(ranks, room, host, hardware):
 
         def judge(other: Config, num_nodes: int) -> Judgement:
             changed = Layout.of(architecture, other.parallel, num_nodes, gpus_per_node)
-            needed, on_host = _memory(other, changed, room), host_memory(other, changed)
+            needed, on_host = (
+                _memory(other, changed, room, hardware.kernels),
+                host_memory(other, changed),
+            )
             fits = not find_problems(needed, room, on_host, hardware)
             return fits, max(rank.peak[1] for rank in needed)
 
@@ -142,7 +146,7 @@ def make_plan(
         host,
         model.step(skip_plans(config, layout)),
         tuple(skip_gains(config, layout, model)),
-        model.decode.head_seconds() / model.decode.layer_seconds(),
+        model.decode.head_cost(),
         tuple(advice),
     )
 
@@ -172,5 +176,6 @@ def find_problems(
     return found
 
 
-def _memory(config: Config, layout: Layout, room: int) -> tuple[RankMemory, ...]:
-    return tuple(rank_memory(config, layout, stage, room) for stage in range(layout.pipeline))
+def _memory(config: Config, layout: Layout, room: int, kernels: Kernels) -> tuple[RankMemory, ...]:
+    stages = range(layout.pipeline)
+    return tuple(rank_memory(config, layout, stage, room, kernels) for stage in stages)

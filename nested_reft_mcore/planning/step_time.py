@@ -8,18 +8,20 @@ a stated share of the links'. `planning.hardware` names every share.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.planning.decode_time import DecodeModel
+from nested_reft_mcore.planning.expected_step import ExpectedStep, expected_step
 from nested_reft_mcore.planning.hardware import HardwareProfile
-from nested_reft_mcore.planning.layer_costs import FLOAT32, forward_operations
+from nested_reft_mcore.planning.layer_costs import FLOAT32, forward_operations, saved_bytes
 from nested_reft_mcore.planning.layout import Layout
 from nested_reft_mcore.planning.links import data_link, pipeline_link, ring_share, tensor_link
 from nested_reft_mcore.planning.memory import static_memory
-from nested_reft_mcore.planning.workload import ITEMSIZE, Workload, mean_response
+from nested_reft_mcore.planning.product_rate import peak_operations
+from nested_reft_mcore.planning.workload import ITEMSIZE, Workload
 
 
 @dataclass(frozen=True)
@@ -60,31 +62,37 @@ class StepModel:
         workload: Workload,
         hardware: HardwareProfile,
         slots: int,
+        expected: ExpectedStep | None = None,
     ) -> None:
+        """`expected`: the lengths of a replica's step, where they are known."""
+        hardware = hardware.crowded(min(layout.world_size, layout.gpus_per_node))
         self._config = config
         self._layout = layout
         self._workload = workload
         self._hardware = hardware
         self._assumed = hardware.assumptions
-        self.decode = DecodeModel(config, layout, workload, hardware, slots)
-        self._prompt = self._assumed.prompt_fill * config.data.max_prompt_length
-        self._response = mean_response(config, self._assumed)
-        peak = hardware.peak_tflops
-        if ITEMSIZE[config.model.dtype] == FLOAT32:
-            peak = hardware.peak_tflops_float32
-        self._speed = peak * 1e12 * self._assumed.matmul_efficiency
+        if expected is None:
+            expected = expected_step(config, layout, workload, self._assumed, slots)
+        self._expected = expected
+        self.decode = DecodeModel(config, layout, workload, hardware, slots, expected)
+        peak = peak_operations(hardware, ITEMSIZE[config.model.dtype])
+        self._speed = peak * self._assumed.matmul_efficiency
+        self._bandwidth = hardware.memory_gb_per_s * 1e9
 
     def step(self, plans: Sequence[LayerSkipPlan]) -> StepTime:
         """A step whose rollouts follow one plan or the other: the mean over `plans`."""
-        tokens = self._workload.num_sequences * (self._prompt + self._response)
+        return self.step_with(sum(self.decode.seconds(plan) for plan in plans) / len(plans))
+
+    def step_with(self, generation: float) -> StepTime:
+        """A step whose generation takes so many seconds."""
         bubble, update = self._update()
         return StepTime(
-            generation=sum(self.decode.seconds(plan) for plan in plans) / len(plans),
+            generation=generation,
             logprobs=self.num_logprob_passes * self._passes(backward=False)[1],
             update=update,
             rest=self._rest(),
             bubble=bubble,
-            tokens=tokens * self._layout.data,
+            tokens=self._expected.num_tokens * self._layout.data,
             world_size=self._layout.world_size,
         )
 
@@ -98,13 +106,22 @@ class StepModel:
         return bubble, passes + updates * each
 
     def _passes(self, *, backward: bool) -> tuple[float, float]:
-        """Share of the bubble, and seconds of all micro-batches of a step through all stages."""
+        """Share of the bubble, and seconds of all micro-batches of a step through all stages.
+
+        The first micro-batch takes every stage's time, each other one the slowest stage's. The
+        bubble's share is that of stages that take equally long.
+        """
         count, tokens = self._micro_batches()
         times = [self._micro_batch(stage, tokens, backward) for stage in self._stages()]
-        ramp = (self._layout.pipeline - 1) / (self._layout.num_chunks if backward else 1)
+        if self._layout.pipeline > 1:
+            latency = self._assumed.message_latency_us * 1e-6
+            times = [seconds + (2 if backward else 1) * latency for seconds in times]
+        chunks = self._layout.num_chunks if backward else 1
+        ramp = (self._layout.pipeline - 1) / chunks
         updates = self._config.train.updates_per_step if backward else 1
-        per_update = count / updates
-        return ramp / (per_update + ramp), updates * (per_update + ramp) * max(times)
+        per_update, slowest = count / updates, max(times)
+        seconds = per_update * slowest + (sum(times) - slowest) / chunks
+        return ramp / (per_update + ramp), updates * seconds
 
     def _micro_batches(self) -> tuple[float, float]:
         """Number in a step, and tokens of each, padding included."""
@@ -112,15 +129,20 @@ class StepModel:
         if train.max_tokens_per_micro_batch is None:
             # All are padded to the longest row of the batch.
             rows = self._workload.shape.tokens // self._workload.longest
-            return sequences / rows, self._workload.shape.tokens
+            return sequences / rows, rows * self._longest()
         used = train.max_tokens_per_micro_batch * self._assumed.packing_fill
-        tokens = sequences * (self._prompt + self._response)
+        tokens = sum(self._expected.sequences)
         return max(1.0, tokens / used), min(tokens, train.max_tokens_per_micro_batch)
+
+    def _longest(self) -> int:
+        """Tokens of the longest row, as sequence parallelism rounds them."""
+        multiple = self._workload.shape.sequence_shards
+        return -(-max(self._expected.sequences) // multiple) * multiple
 
     def _micro_batch(self, stage: int, tokens: float, backward: bool) -> float:
         """Seconds of one micro-batch on a stage."""
         # A causal token looks at half of its sequence on average.
-        context, chunks = self._workload.longest / 2, self._layout.num_chunks
+        context, chunks = self._longest() / 2, self._layout.num_chunks
         layers = len(self._layout.layers_of(stage)) // chunks
         seconds = 0.0
         for is_backward in (False, True) if backward else (False,):
@@ -156,9 +178,24 @@ class StepModel:
         sums = 4 if backward and is_recomputed else 2
         wire = sums * num_layers * full * ring_share(self._layout.tensor)
         seconds = operations / self._speed + wire / tensor_link(self._layout, self._hardware)
+        seconds += self._traffic_seconds(tokens, 2 * context, num_layers, has_head)
+        fixed = num_layers * self._assumed.update_layer_overhead_us
+        # No micro-batch, no time: the simulation has places for some that do not come.
+        seconds += (fixed + self._assumed.micro_batch_overhead_us) * 1e-6 * (tokens > 0)
         if self._layout.pipeline > 1:
             seconds += full / shards / pipeline_link(self._layout, self._hardware)
         return seconds
+
+    def _traffic_seconds(self, tokens: Any, length: Any, num_layers: int, has_head: bool) -> Any:
+        """Reading and writing what is kept for the backward pass, apart from matrix products."""
+        times = self._assumed.activation_traffic
+        if times == 0.0:
+            return 0.0
+        shape = replace(self._workload.shape, tokens=tokens, length=length)
+        moved = num_layers * saved_bytes(self._layout.layer, shape)
+        if has_head:
+            moved = moved + tokens * self._layout.vocab_rows * FLOAT32
+        return times * moved / self._bandwidth
 
     def reduction_seconds(self, stage: int, per_micro_batch: float) -> float:
         """Sum of a stage's gradients over replicas, as far as nothing hides it.
@@ -181,11 +218,16 @@ class StepModel:
         """Reading a stage's gradients and state, writing state and weights."""
         static = static_memory(self._config, self._layout, stage)
         moved = static.gradients + 2 * static.optimizer + static.weights
-        bandwidth = self._hardware.memory_gb_per_s * 1e9 * self._assumed.decode_efficiency
-        return moved / bandwidth
+        moving = moved / (self._bandwidth * self._assumed.optimizer_efficiency)
+        return moving + self._assumed.update_overhead_ms * 1e-3
 
     def _rest(self) -> float:
-        return self.judging_seconds() + self.exchange_seconds() + self.snapshot_seconds()
+        return self.judging_seconds() + self.between_seconds()
+
+    def between_seconds(self) -> float:
+        """What is neither generation, log-probs, update nor judging, for everybody."""
+        fixed = self._assumed.step_overhead_ms * 1e-3
+        return self.exchange_seconds() + self.snapshot_seconds() + fixed
 
     def judging_seconds(self) -> float:
         """Rewards of a replica's completions, on its reward workers."""

@@ -12,8 +12,8 @@ from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.planning.decode_time import DecodeModel, PassLoad
 from nested_reft_mcore.planning.layer_costs import parts_run
 from nested_reft_mcore.planning.layout import Layout
+from nested_reft_mcore.planning.slots import Rounds
 from nested_reft_mcore.simulation.decode_timing import Passes
-from nested_reft_mcore.simulation.slots import Rounds
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ def time_of_passes(
             if parts not in known:
                 known[parts] = model.parts_seconds(*parts, load)
             taken = known[parts]
+            if chunk == 0:
+                taken = taken + model.fixed_seconds(load)
             if layout.is_last(stage) and chunk == chunks - 1:
                 # Where all rows wait for their prompt there is nothing to sample.
                 head = model.rows_head_seconds(load.rows)

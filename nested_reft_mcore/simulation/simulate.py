@@ -12,18 +12,16 @@ from numpy.typing import NDArray
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import config_from_dict
 from nested_reft_mcore.config.schema import Config
+from nested_reft_mcore.planning.expected_step import prompt_law
 from nested_reft_mcore.planning.hardware import DEFAULT_HARDWARE, HardwareProfile
+from nested_reft_mcore.planning.lengths import LengthLaw, length_law
 from nested_reft_mcore.planning.run_plan import RunPlan, make_plan
 from nested_reft_mcore.planning.skip_gain import skip_plans
+from nested_reft_mcore.planning.slots import Batching, count_rounds
 from nested_reft_mcore.planning.workload import mean_response
-from nested_reft_mcore.simulation.lengths import LengthLaw, length_law
 from nested_reft_mcore.simulation.rollout_phase import stack
-from nested_reft_mcore.simulation.slots import Batching, count_rounds
 from nested_reft_mcore.simulation.step import Draw, StepResult, StepSimulator
 from nested_reft_mcore.simulation.stragglers import Stragglers
-
-PROMPT_SPREAD = 0.5
-"""Standard deviation of the logarithm of a prompt's length: an assumption."""
 
 
 @dataclass(frozen=True)
@@ -173,11 +171,8 @@ def _draw(scenario: Scenario, run: RunPlan, law: LengthLaw, step: int) -> Draw:
     """Lengths by place in the global batch, so that the layout does not change them."""
     config, layout = scenario.config, run.layout
     rng = np.random.default_rng([scenario.seed, 1, step])
-    longest = config.data.max_prompt_length
-    mean = run.hardware.assumptions.prompt_fill * longest
-    prompts = LengthLaw("lognormal", max(1.0, mean), longest, PROMPT_SPREAD).draw(
-        rng, config.rollout.prompts_per_step, 1
-    )[:, 0]
+    law_of_prompts = prompt_law(config, run.hardware.assumptions)
+    prompts = law_of_prompts.draw(rng, config.rollout.prompts_per_step, 1)[:, 0]
     responses = law.draw(rng, len(prompts), config.rollout.group_size)
     sequences = run.workload.num_sequences
     slots = min(run.slots or run.workload.wanted_slots, sequences)

@@ -121,8 +121,8 @@ class StepSimulator:
             result.padding = self._passes(result, "update", rows.ravel())
             stages = range(self._layout.pipeline)
             self._everybody(result, "optimizer", [self.model.optimizer_seconds(s) for s in stages])
-        rest = self.model.exchange_seconds() + self.model.snapshot_seconds()
-        self._everybody(result, "rest", [rest] * self._layout.pipeline)
+        rest = [self.model.between_seconds()] * self._layout.pipeline
+        self._everybody(result, "rest", rest)
         return result
 
     def _generate(self, result: StepResult, draw: Draw, plan: LayerSkipPlan) -> None:

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nested_reft_mcore.planning.slots import count_rounds
 from nested_reft_mcore.rollout.completion import StopRule
 from nested_reft_mcore.rollout.scheduler import Batching, Scheduler
 from nested_reft_mcore.rollout.types import Prompt, SamplingParams
 from nested_reft_mcore.simulation.decode_timing import Item, Passes, record_passes, time_passes
-from nested_reft_mcore.simulation.slots import count_rounds
 
 SAMPLES = 3
 WORK = st.lists(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nested_reft_mcore.planning.lengths import LengthLaw
 from nested_reft_mcore.simulation.failures import (
     Course,
     daly_interval,
@@ -16,7 +17,6 @@ from nested_reft_mcore.simulation.failures import (
     run_with_faults,
     young_interval,
 )
-from nested_reft_mcore.simulation.lengths import LengthLaw
 from nested_reft_mcore.simulation.pipeline_schedule import (
     ScheduleTimes,
     source_of,

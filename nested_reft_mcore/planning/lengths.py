@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -16,6 +17,7 @@ from nested_reft_mcore.config.errors import UserError
 
 LawKind = Literal["lognormal", "exponential", "fixed", "observed"]
 NAMED_LAWS = tuple(kind for kind in get_args(LawKind) if kind != "observed")
+_NORMAL = NormalDist()
 _LARGEST_FILL = 0.98
 """Share of the limit beyond which no long-tailed law has such a mean."""
 
@@ -52,7 +54,22 @@ class LengthLaw:
             common = rng.standard_normal((num_prompts, 1)) * math.sqrt(self.correlation)
             own = rng.standard_normal(size) * math.sqrt(1 - self.correlation)
             found = self._scale() * np.exp(self.spread * (common + own))
-        return np.clip(np.rint(found), 1, self.limit).astype(np.int64)
+        return self._cut(found)
+
+    def quantiles(self, count: int) -> NDArray[np.int64]:
+        """So many lengths that stand for the law: those of evenly spread shares, ascending."""
+        shares = (np.arange(count) + 0.5) / count
+        if self.kind == "observed":
+            return self._cut(np.quantile(np.asarray(self.observed, dtype=np.float64), shares))
+        if self.kind == "fixed" or self.mean > _LARGEST_FILL * self.limit:
+            return self._cut(np.full(count, self.mean))
+        if self.kind == "exponential":
+            return self._cut(-self._scale() * np.log1p(-shares))
+        normal = np.asarray([_NORMAL.inv_cdf(share) for share in shares.tolist()])
+        return self._cut(self._scale() * np.exp(self.spread * normal))
+
+    def _cut(self, lengths: NDArray[np.float64]) -> NDArray[np.int64]:
+        return np.clip(np.rint(lengths), 1, self.limit).astype(np.int64)
 
     def _scale(self) -> float:
         """The uncut law's mean (`exponential`) or median (`lognormal`), by bisection."""
@@ -71,8 +88,8 @@ class LengthLaw:
             return scale * -math.expm1(-self.limit / scale)
         spread = max(self.spread, 1e-9)
         place = math.log(self.limit / scale) / spread
-        below = scale * math.exp(spread**2 / 2) * _normal(place - spread)
-        return below + self.limit * (1 - _normal(place))
+        below = scale * math.exp(spread**2 / 2) * _NORMAL.cdf(place - spread)
+        return below + self.limit * (1 - _NORMAL.cdf(place))
 
 
 def length_law(name: str, mean: float, limit: int, spread: float, correlation: float) -> LengthLaw:
@@ -131,8 +148,3 @@ def _length_of(line: str, place: str) -> int:
             "line of a run's rollouts (`token_ids`)"
         )
     return value
-
-
-def _normal(x: float) -> float:
-    """The normal distribution function."""
-    return 0.5 * math.erfc(-x / math.sqrt(2))

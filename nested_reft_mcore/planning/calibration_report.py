@@ -1,0 +1,130 @@
+"""A calibration and its check as text, and as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nested_reft_mcore.planning.calibration import Calibration
+from nested_reft_mcore.planning.calibration_check import Check, Row
+from nested_reft_mcore.planning.measured_run import PARTS
+
+_KINDS = ("layout", "law")
+
+
+def calibration_table(made: Calibration) -> str:
+    """What was fitted: before, after, how sure, and which times tell it."""
+    rows = [("number", "before", "fitted", "within a factor", "told by")]
+    for value in made.values:
+        factor = f"{value.factor:.2f}"
+        rows.append((value.name, f"{value.before:.4g}", f"{value.after:.4g}", factor, value.source))
+    return f"fitted to {len(made.run_names)} runs\n\n" + _table(rows)
+
+
+def remarks_of(made: Calibration) -> dict[str, str]:
+    """A remark for each line of the profile that was fitted."""
+    return {
+        value.name: f"fitted, within a factor {value.factor:.2f}: {value.source}"
+        if value.is_told
+        else value.source
+        for value in made.values
+    }
+
+
+def check_tables(title: str, check: Check) -> str:
+    """Points that were held out, predicted and measured; then pairs."""
+    worst = check.worst
+    lines = [
+        f"{title}: {len(check.rows)} points that were held out, seconds predicted / measured",
+        "",
+        _table([_HEAD, *(_cells(row) for row in check.rows)]),
+        "",
+        f"step time: median error {check.median_error:.1%}, largest {worst.error:+.1%} "
+        f"({worst.point.name}); tokens/s: median error {check.median_tokens_error:.1%}",
+    ]
+    for part in PARTS:
+        errors = sorted(
+            abs(row.predicted[part] / row.point.seconds[part] - 1)
+            for row in check.rows
+            if row.point.seconds[part] > 0
+        )
+        if errors:
+            lines.append(f"{part}: median error {errors[len(errors) // 2]:.1%}")
+    return "\n".join([*lines, "", *_ranking_lines(check)])
+
+
+def check_record(check: Check) -> dict[str, Any]:
+    """Everything, for programs."""
+    return {
+        "median_error": check.median_error,
+        "median_tokens_error": check.median_tokens_error,
+        "largest_error": check.worst.error,
+        "largest_error_of": check.worst.point.name,
+        "points": [
+            {
+                "name": row.point.name,
+                "measured": {"step": row.point.step_seconds, **row.point.seconds},
+                "predicted": {"step": row.predicted_step, **row.predicted},
+                "tokens": row.point.tokens,
+                "noise": row.point.noise,
+                "error": row.error,
+            }
+            for row in check.rows
+        ],
+        "pairs": [
+            {
+                "what": ranking.what,
+                "one": ranking.one,
+                "other": ranking.other,
+                "measured": ranking.measured,
+                "predicted": ranking.predicted,
+                "verdict": ranking.verdict,
+            }
+            for ranking in check.rankings
+        ],
+    }
+
+
+_HEAD = ("point", "step", "error", "generation", "update", "tokens/s", "noise")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    point = row.point
+    return (
+        point.name,
+        _pair(row.predicted_step, point.step_seconds),
+        f"{row.error:+.1%}",
+        _pair(row.predicted["generation"], point.seconds["generation"]),
+        _pair(row.predicted["update"], point.seconds["update"]),
+        f"{point.tokens / row.predicted_step:,.0f} / {point.tokens / point.step_seconds:,.0f}",
+        f"{point.noise:.1%}",
+    )
+
+
+def _ranking_lines(check: Check) -> list[str]:
+    rows = [("pairs that differ in the", "right", "wrong", "within the noise")]
+    for what in _KINDS:
+        if any(ranking.what == what for ranking in check.rankings):
+            right, wrong = check.count(what, "right"), check.count(what, "wrong")
+            rows.append((what, str(right), str(wrong), str(check.count(what, "indistinguishable"))))
+    if len(rows) == 1:
+        return ["no pairs that differ in layout or law alone"]
+    missed = [
+        f"ranked wrong: {r.other} takes {r.measured:.3f} times as long as {r.one}; "
+        f"predicted {r.predicted:.3f}"
+        for r in check.rankings
+        if r.verdict == "wrong"
+    ]
+    return [_table(rows), *missed]
+
+
+def _pair(predicted: float, measured: float) -> str:
+    return f"{predicted:.3g} / {measured:.3g}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""Calibration gives back what timings were made with, and says what they do not tell."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from calibration_cases import SIZES, START, TRUTH, made_run, overrides, study
+
+from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.planning.calibration import Calibration, calibrate
+from nested_reft_mcore.planning.calibration_check import (
+    Point,
+    check,
+    points_of,
+    predicted_seconds,
+    split_by_name,
+    split_half,
+)
+from nested_reft_mcore.planning.calibration_report import (
+    calibration_table,
+    check_record,
+    check_tables,
+    remarks_of,
+)
+from nested_reft_mcore.planning.hardware import HardwareProfile, load_hardware
+from nested_reft_mcore.planning.hardware_file import profile_yaml
+from nested_reft_mcore.planning.least_squares import least_squares
+from nested_reft_mcore.planning.measured_run import MeasuredRun
+
+NOISE = 0.02
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[MeasuredRun]:
+    return study(NOISE)
+
+
+@pytest.fixture(scope="module")
+def made(runs: list[MeasuredRun]) -> Calibration:
+    return calibrate(runs, START, "fitted")
+
+
+def test_it_recovers_what_the_timings_tell(made: Calibration):
+    told = [value for value in made.values if value.is_told]
+    names = {value.name for value in told}
+    wanted = {"decode_matmul_efficiency", "layer_overhead_us", "update_layer_overhead_us"}
+    assert wanted | {"matmul_efficiency", "pass_overhead_us"} <= names
+    for value in told:
+        truth = getattr(TRUTH.assumptions, value.name, None) or getattr(TRUTH, value.name)
+        off = abs(math.log(value.after / truth))
+        # Of so many values one may lie three deviations away.
+        assert off <= 3.5 * math.log(value.factor) + 0.02, value
+
+
+def test_what_is_not_told_stays_and_is_said(made: Calibration):
+    by_name = {value.name: value for value in made.values}
+    # Nothing here is large enough for memory to be what decoding waits for.
+    untold = by_name["decode_efficiency"]
+    assert not untold.is_told
+    assert untold.after == pytest.approx(untold.before, rel=0.05)
+    assert "hardly told" in calibration_table(made)
+    assert remarks_of(made)["pass_overhead_us"].startswith("fitted, within a factor")
+    # Without tensor parallelism no run tells anything of all-reduces.
+    assert "all_reduce_latency_us" not in by_name
+    assert made.profile.assumptions.all_reduce_latency_us == 12.0
+
+
+def test_a_half_predicts_the_other(runs: list[MeasuredRun]):
+    points = points_of(runs)
+    kept, held = split_half(points)
+    assert not {p.name for p in kept} & {p.name for p in held}
+    assert len(kept) + len(held) == len(runs)
+    fitted = calibrate([run for point in kept for run in point.runs], START, "half").profile
+    found = check(held, kept, lambda point: predicted_seconds(point, fitted))
+    assert found.median_error < 0.03
+    assert abs(found.worst.error) < 0.12
+    assert found.count("layout", "right") > 0
+    assert found.count("layout", "wrong") == 0
+    untouched = check(held, kept, lambda point: predicted_seconds(point, START))
+    assert untouched.median_error > 0.3
+    text = check_tables("plan", found)
+    assert all(point.name in text for point in held)
+    assert len(check_record(found)["points"]) == len(held)
+
+
+def test_sizes_held_out_are_predicted(runs: list[MeasuredRun]):
+    kept, held = split_by_name(points_of(runs), [f"{SIZES[-1][0]}.*"])
+    assert {point.name.split(".")[0] for point in held} == {str(SIZES[-1][0])}
+    fitted = calibrate([run for point in kept for run in point.runs], START, "sizes").profile
+    found = check(held, kept, lambda point: predicted_seconds(point, fitted))
+    assert found.median_error < 0.1
+    with pytest.raises(UserError, match=r"--hold-out 9B\*"):
+        split_by_name(points_of(runs), ["9B*"])
+
+
+def test_a_wrong_ranking_is_counted_as_wrong(runs: list[MeasuredRun]):
+    """Predicted backwards, what is right becomes wrong; what is noise stays noise."""
+    points = points_of(runs)
+
+    def forward(point: Point) -> dict[str, float]:
+        return predicted_seconds(point, TRUTH)
+
+    def backward(point: Point) -> dict[str, float]:
+        return {part: 1 / max(value, 1e-9) for part, value in forward(point).items() if value} | {
+            "logprobs": 0.0
+        }
+
+    right, wrong = check(points, [], forward), check(points, [], backward)
+    assert right.count("layout", "right") > 3
+    assert wrong.count("layout", "wrong") > 0
+    for what in ("layout", "law"):
+        same = (right.count(what, "indistinguishable"), wrong.count(what, "indistinguishable"))
+        assert same[0] == same[1]
+
+
+def test_runs_that_differ_in_the_seed_are_one_point():
+    options = [overrides(SIZES[0], 2, 3, "uniform", seed) for seed in (0, 1)]
+    pair = [made_run(f"a.seed_{n}", *given) for n, given in enumerate(options)]
+    other = made_run("b.seed_0", *overrides(SIZES[0], 1, 3, "uniform", 0))
+    points = points_of([pair[0], other, pair[1]])
+    assert [(point.name, len(point.runs)) for point in points] == [("b.seed_0", 1), ("a", 2)]
+
+
+def test_a_profile_is_read_back_as_it_was_written(made: Calibration, tmp_path: Path):
+    path = tmp_path / "fitted.yaml"
+    path.write_text(profile_yaml(made.profile, remarks_of(made), "of a test"))
+    read = load_hardware(str(path))
+    assert read.name == "fitted"
+    assert read.product_shares == made.profile.product_shares
+    for name in HardwareProfile.model_fields:
+        value = getattr(made.profile, name)
+        if isinstance(value, float):
+            assert getattr(read, name) == pytest.approx(value, rel=1e-3)
+
+
+def test_mistakes_are_named():
+    options = overrides(SIZES[0], 1, 3, "uniform", 0)
+    one = made_run("one", *options)
+    with pytest.raises(UserError, match="expected 2 or more"):
+        calibrate([one], START, "x")
+    with pytest.raises(UserError, match="short: has fewer than two steps"):
+        made_run("short", *options, num_steps=1)
+    with pytest.raises(UserError, match=r"lossless: rollout\.mode=speculative"):
+        made_run("lossless", *options, "rollout.mode=speculative")
+    with pytest.raises(UserError, match=r"timing_s/step is 0"):
+        made_run("broken", *options, changes={"timing_s/step": 0})
+
+
+def test_least_squares_finds_the_minimum_and_respects_bounds():
+    matrix = np.asarray([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]])
+    target = np.asarray([1.0, 2.0, 3.0])
+    exact = np.linalg.lstsq(matrix, target, rcond=None)[0]
+    wide, start = np.full(2, 10.0), np.zeros(2)
+    free = least_squares(lambda x: matrix @ x - target, start, -wide, wide)
+    assert free.values == pytest.approx(exact, abs=1e-4)
+    spread = np.sqrt(np.diag(np.linalg.inv(matrix.T @ matrix)))
+    assert free.deviations == pytest.approx(spread, rel=1e-3)
+    upper = np.asarray([10.0, exact[1] - 0.3])
+    bound = least_squares(lambda x: matrix @ x - target, start, -wide, upper)
+    assert bound.values[1] == pytest.approx(upper[1])
+    # The best first value for a second one that is stuck.
+    column, rest = matrix[:, 0], target - matrix[:, 1] * upper[1]
+    assert bound.values[0] == pytest.approx(column @ rest / (column @ column), abs=1e-3)
+    with pytest.raises(ValueError, match="within the bounds"):
+        least_squares(lambda x: x, np.full(2, 11.0), -wide, wide)
