@@ -105,12 +105,7 @@ def make_plan(
         if value < 1:
             raise UserError(f"{name}={value}: expected 1 or more")
     memory_gb = hardware.memory_gb if gpu_memory_gb is None else gpu_memory_gb
-    room = usable_bytes(hardware, memory_gb) if math.isfinite(memory_gb) else 0
-    if room <= 0:
-        raise UserError(
-            f"--gpu-memory {memory_gb:g}: nothing is left of it after the reserve of "
-            f"{hardware.assumptions.reserve_gb:g} GB; expected more (in 10^9 bytes)"
-        )
+    room = _room(hardware, memory_gb)
     check_for_training(config)
     architecture = model_architecture(config.model)
     check_architecture(architecture, model_source(config.model))
@@ -124,11 +119,8 @@ def make_plan(
 
         def judge(other: Config, num_nodes: int) -> Judgement:
             changed = Layout.of(architecture, other.parallel, num_nodes, gpus_per_node)
-            needed, on_host = (
-                _memory(other, changed, room, hardware.kernels),
-                host_memory(other, changed),
-            )
-            fits = not find_problems(needed, room, on_host, hardware)
+            needed = _memory(other, changed, room, hardware.kernels)
+            fits = not find_problems(needed, room, host_memory(other, changed), hardware)
             return fits, max(rank.peak[1] for rank in needed)
 
         advice = advise(config, architecture, nodes, gpus_per_node, judge)
@@ -149,6 +141,17 @@ def make_plan(
         model.decode.head_cost(),
         tuple(advice),
     )
+
+
+def _room(hardware: HardwareProfile, memory_gb: float) -> int:
+    """Bytes of each GPU that a run may use; UserError if there are none."""
+    room = usable_bytes(hardware, memory_gb) if math.isfinite(memory_gb) else 0
+    if room <= 0:
+        raise UserError(
+            f"--gpu-memory {memory_gb:g}: nothing is left of it after the reserve of "
+            f"{hardware.assumptions.reserve_gb:g} GB; expected more (in 10^9 bytes)"
+        )
+    return room
 
 
 def find_problems(
