@@ -49,8 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text.partition(".")[0].lower(), description=text)
+def _command(
+    commands: argparse._SubParsersAction, name: str, short: str, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=short, description=text)
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
     return parser
 
@@ -59,6 +61,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "plan",
+        "what there is to run, what it takes, and what cannot fit",
         "List the runs with predicted memory, time and GPU-hours, and strike those that cannot "
         "fit. Nothing is started and no weights are read; times are those of `nested-reft plan`, "
         "without starts, evaluations and saves.",
@@ -72,6 +75,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "run",
+        "run it here, one run after the other",
         "Run the study here, one run after the other. A finished run is never repeated; one that "
         "was stopped goes on from its checkpoint; one that is broken, or stale (its options have "
         "changed), is named and left alone. Ctrl-C saves the run that goes on and leaves with 75.",
@@ -90,6 +94,7 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "submit",
+        "run it as a Slurm job array",
         "Submit what is not finished and fits as a Slurm job array, through slurm/sweep.sh. The "
         "runs are written to a file in the study's output first, so that editing the study later "
         "changes nothing of what was submitted. Runs of another number of nodes are an array of "
@@ -116,6 +121,7 @@ def _add_status(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "status",
+        "where each run stands",
         "Say where each run stands: finished, running at step i of n, queued, broken (with its "
         "log), stale, stopped, not started, or does not fit. Reads the run directories, and squeue "
         "and sacct where the study was submitted.",
@@ -128,6 +134,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "report",
+        "one table, CSV and Markdown, and plots",
         "Write one table (table.csv, report.md), results.jsonl with a line a finished run, and "
         "plots (PNG), error bars over seeds. Works on a study that is half finished; plots that "
         "have no data are left out and named.",

@@ -94,7 +94,7 @@ def draw(plot: Plot, directory: Path) -> Path:
         list(handles.values()),
         list(handles),
         loc="outside lower center",
-        ncols=2,
+        ncols=across,
         frameon=False,
         fontsize=7,
     )
@@ -307,7 +307,8 @@ def _over_time(table: Sequence[PointRow], name: str, key: str, label: str) -> Pl
     """Accuracy after each evaluation, over what had been spent until then."""
 
     def make(entries: Sequence[PointRow]) -> list[Series]:
-        series = (_time_series(entry, key) for entry in entries)
+        names = _names(entries)
+        series = (_time_series(e, key, name) for e, name in zip(entries, names, strict=True))
         return [one for one in series if len(one.xs) > 1]
 
     return Plot(
@@ -320,18 +321,27 @@ def _over_time(table: Sequence[PointRow], name: str, key: str, label: str) -> Pl
     )
 
 
-def _time_series(entry: PointRow, key: str) -> Series:
+def _names(entries: Sequence[PointRow]) -> list[str]:
+    """Points by what is not the same in all of them."""
+    several = len({entry.layout for entry in entries}) > 1
+    laws = {entry.point["law"] for entry in entries} - {None}
+    names = []
+    for entry in entries:
+        parts = [entry.layout] if several else []
+        parts.append(f"{entry.share_skipped:.0%} skipped")
+        parts += [entry.point["correction"]] if entry.point["correction"] else []
+        parts += [entry.point["law"]] if len(laws) > 1 and entry.point["law"] else []
+        names.append(", ".join(parts))
+    return names
+
+
+def _time_series(entry: PointRow, key: str, label: str) -> Series:
     by_step: dict[int, list[tuple[float, float]]] = {}
     for row in entry.rows:
         for evaluation in row["evaluations"]:
             value = accuracy(evaluation)
             if value is not None:
                 by_step.setdefault(evaluation["step"], []).append((evaluation[key], value))
-    label = f"{entry.layout}, {entry.share_skipped:.0%} skipped"
-    if entry.point["correction"]:
-        label += f", {entry.point['correction']}"
-    if entry.point["pp"] > 1 and entry.point["law"]:
-        label += f", {entry.point['law']}"
     pairs = [by_step[step] for step in sorted(by_step)]
     xs = [estimate([x for x, _ in found]).mean for found in pairs]
     return Series(label, xs, [estimate([y for _, y in found]) for found in pairs])

@@ -126,7 +126,7 @@ def _whole(rows: Sequence[Row]) -> list[str]:
 
 def _place(path: Path) -> str:
     """The study's path as it was given; an absolute one by its last parts."""
-    return "/".join(path.parts[-3:]) if path.is_absolute() else str(path)
+    return "/".join(path.parts[1:][-3:]) if path.is_absolute() else str(path)
 
 
 def _times(counter: Counter[str], number: int) -> str:
@@ -160,9 +160,10 @@ def _meaning(rows: Sequence[Row]) -> list[str]:
     ]
     if any(row["evaluations"] for row in rows):
         kind = "sampled" if sampled else "greedy"
-        lines.append(
-            f"Accuracy is that of the full policy, {kind} completions, the mean over the sets."
-        )
+        lines += [
+            "",
+            f"Accuracy is that of the full policy, {kind} completions, the mean over the sets.",
+        ]
     return lines
 
 
