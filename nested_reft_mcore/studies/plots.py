@@ -150,7 +150,7 @@ def _powers_of_two(axes: Any, series: Sequence[Series]) -> None:
 
 
 def _limits(series: Sequence[Series]) -> tuple[float, float]:
-    """Of the means, with some room: an interval of two seeds may be far wider, and is cut."""
+    """Of the means, with some room: an interval of three seeds may be far wider, and is cut."""
     means = [y.mean for one in series for y in one.ys]
     span = (max(means) - min(means)) or abs(max(means)) or 1.0
     low = min(means) - 0.4 * span

@@ -148,8 +148,8 @@ def _machine(row: Row) -> str:
 def _meaning(rows: Sequence[Row]) -> list[str]:
     seeds = len({row["point"]["seed"] for row in rows})
     spread = (
-        "± is half of a 95% interval over seeds (Student's t); nothing stands where there is "
-        "one. In plots bars that leave a panel are cut."
+        "± is half of a 95% interval over seeds (Student's t), of two seeds half their distance; "
+        "nothing stands where there is one. In plots bars that leave a panel are cut."
         if seeds > 1
         else "One seed: no intervals."
     )

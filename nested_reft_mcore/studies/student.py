@@ -1,4 +1,4 @@
-"""Means over seeds, with intervals by Student's t."""
+"""Means over seeds, with intervals by Student's t where there are three and more."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ class Estimate:
 
     mean: float
     half: float | None
-    """Half of its 95% interval; None where there is one seed."""
+    """Half of its 95% interval; of two values, half their distance; None where there is one."""
     count: int
     """Seeds."""
 
 
 def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """Mean and Student's t interval of independent values; ValueError where there is none."""
+    """Mean and Student's t interval of independent values; ValueError where there is none.
+
+    Two values have an interval thirteen standard errors wide either way, which says nothing: their
+    distance stands instead.
+    """
     if not values:
         raise ValueError("no values to take the mean of")
     mean, count = statistics.fmean(values), len(values)
     if count == 1:
         return Estimate(mean, None, 1)
+    if count == 2:
+        return Estimate(mean, abs(values[1] - values[0]) / 2, 2)
     error = statistics.stdev(values) / math.sqrt(count)
     return Estimate(mean, t_quantile((1 + level) / 2, count - 1) * error, count)
 

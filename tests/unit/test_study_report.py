@@ -64,13 +64,17 @@ def test_speedups_are_against_the_same_seed_and_layout(tmp_path: Path) -> None:
     # 2 s against 1 s and 1.05 s; the rest of a step takes 1 s.
     assert half["generation_speedup"].mean == pytest.approx((2 / 1 + 2 / 1.05) / 2)
     assert half["step_speedup"].mean == pytest.approx((3 / 2 + 3 / 2.05) / 2)
-    spread = estimate([2.0, 2 / 1.05])
-    assert half["generation_speedup"].half == pytest.approx(spread.half, rel=1e-4)
-    # Quantile of Student's t for one degree of freedom, times the standard error.
-    assert spread.half == pytest.approx(12.7062 * (2 - 2 / 1.05) / 2, rel=1e-4)
+    assert half["generation_speedup"].half == pytest.approx((2 - 2 / 1.05) / 2, rel=1e-4)
     assert entry(table, 0.5, pp=2).mean("generation_speedup") == pytest.approx((2 + 2 / 1.05) / 2)
     assert entry(table, 0.0).mean("generation_speedup") == 1
     assert half["generation_share"].mean == pytest.approx((1 / 2 + 1.05 / 2.05) / 2)
+
+
+def test_intervals_begin_with_three_seeds() -> None:
+    assert estimate([1.0]).half is None
+    assert estimate([1.0, 4.0]).half == 1.5
+    # Quantile of Student's t for two degrees of freedom, times the standard error.
+    assert estimate([1.0, 2.0, 3.0]).half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
 
 
 def test_speedups_are_at_equal_tokens(tmp_path: Path) -> None:
