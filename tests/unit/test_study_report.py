@@ -138,7 +138,7 @@ def test_accuracy_against_what_it_costs(tmp_path: Path) -> None:
     full, practical = plot(table, "accuracy_off_policyness").panels["tiny"]
     assert (full.label, practical.label) == ("full depth", "practical")
     assert (practical.xs[0], practical.ys[0].mean) == pytest.approx((0.25, 0.4))
-    assert practical.ys[0].half == pytest.approx(12.7062 * 0.05, rel=1e-4)
+    assert practical.ys[0].half == pytest.approx(0.05)
     series, _ = plot(table, "accuracy_wall_time").panels["tiny"]
     # Steps of 6, 2, 2, 2 seconds.
     assert series.xs == [0, 8, 12]
