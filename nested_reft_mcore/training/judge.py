@@ -63,7 +63,11 @@ class Judge:
         if is_replica_writer(context):
             memory = int(config.memory_limit_gb * 1e9)
             self._pool = RewardPool(
-                self._functions, config.num_workers, config.deadline_seconds, memory
+                self._functions,
+                config.num_workers,
+                config.deadline_seconds,
+                memory,
+                config.start_timeout_seconds,
             )
 
     def __enter__(self) -> Judge:
