@@ -6,7 +6,9 @@ the committed page is behind.
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -61,7 +63,8 @@ def _render_section(
         return [f"### {name}", "", f"{field.description} Options as those of {lists[section]}.", ""]
     if get_origin(field.annotation) is tuple:
         lists[section] = name
-    if field.description and field.description != about:
+    # A section's own docstring may begin with what the field says of it.
+    if field.description and not about.startswith(field.description):
         about = f"{field.description} {about}"
     plain = {key: inner for key, inner in section.model_fields.items() if not _section(inner)}
     # A section may be filled with other defaults than its class has.
@@ -90,8 +93,9 @@ def _plain(value: Any) -> str:
     """A default as one writes it in YAML."""
     if value is PydanticUndefined:
         return ""
-    if isinstance(value, str):
-        return value or '""'
+    # A line break would end the table's row: such a text stands in quotes, as YAML escapes it.
+    if isinstance(value, str) and value.isprintable():
+        return value.replace("|", "\\|") or '""'
     return json.dumps(value)
 
 
@@ -133,11 +137,24 @@ def _section(field: FieldInfo) -> type[Section] | None:
     return None
 
 
-def main() -> None:
-    """Bring the page up to date."""
-    PAGE.write_text(page_with_options(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+def main() -> int:
+    """Bring the page up to date; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; leave with 1 if the page is behind"
+    )
+    options = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    current = page_with_options(page)
+    if options.check:
+        print(f"{PAGE}: {'up to date' if page == current else 'behind the schema'}")
+        return int(page != current)
+    PAGE.write_text(current, encoding="utf-8")
     print(f"wrote {PAGE}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -100,6 +100,72 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     )
 
 
+def difference_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """95% confidence interval of the mean of `values` minus `others`, paired by prompt.
+
+    Where every value is 0 or 1 it is the paired score interval, also where all differences are 0
+    and rewards lie in [0, 1]: a bootstrap of zeros has no width, however few prompts there are.
+    Otherwise it is the percentile bootstrap over the differences.
+
+    Raises:
+        ValueError: there are no values, or the lengths differ.
+    """
+    _require_some(values)
+    if len(values) != len(others):
+        raise ValueError(f"{len(values)} values but {len(others)} others")
+    both = [*values, *others]
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    is_shares = all(value in (0.0, 1.0) for value in both)
+    is_equal = not any(differences) and all(0 <= value <= 1 for value in both)
+    if is_shares or is_equal:
+        gains = sum(difference > 0 for difference in differences)
+        losses = sum(difference < 0 for difference in differences)
+        return paired_score_interval(gains, losses, len(differences))
+    return bootstrap_interval(differences)
+
+
+def paired_score_interval(gains: int, losses: int, n: int) -> tuple[float, float]:
+    """95% score interval of a difference of two paired shares: all d whose test is not significant.
+
+    Of n pairs `gains` succeeded in the first alone and `losses` in the second alone. Tango 1998,
+    "Equivalence test and confidence interval for the difference in proportions for the
+    paired-sample design", Statistics in Medicine 17:891-908, eq. 9 and 11. Without gains and losses
+    it is -z^2 / (n + z^2) to z^2 / (n + z^2).
+
+    Raises:
+        ValueError: there are no pairs, or more gains and losses than pairs.
+    """
+    if n < 1 or gains < 0 or losses < 0 or gains + losses > n:
+        raise ValueError(f"{gains} gains and {losses} losses of {n} pairs")
+    upper = _score_bound(gains, losses, n)
+    return -_score_bound(losses, gains, n), upper
+
+
+def _score_bound(gains: int, losses: int, n: int) -> float:
+    """The largest difference whose score statistic is no smaller than -z, by bisection."""
+    low, high = (gains - losses) / n, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _score(gains, losses, n, middle) >= -CONFIDENCE_Z:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _score(gains: int, losses: int, n: int, difference: float) -> float:
+    """Score statistic of a difference; 0 at the estimate, below it for larger differences."""
+    # The largest likelihood of losses under that difference: 2 n q^2 + b q + c = 0.
+    b = -gains - losses + (2 * n - gains + losses) * difference
+    c = -losses * difference * (1 - difference)
+    share = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
+    variance = n * (2 * share + difference * (1 - difference))
+    distance = gains - losses - n * difference
+    if variance <= 0:
+        return 0.0 if distance == 0 else math.copysign(math.inf, distance)
+    return distance / math.sqrt(variance)
+
+
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     """95% percentile bootstrap of the mean: prompts are drawn again with replacement.
 

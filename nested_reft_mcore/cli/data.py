@@ -43,7 +43,8 @@ def check(
         typer.Option(metavar="PATH", help="Count tokens with it; without one, characters."),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Leave with 1 if something is broken or double.")
+        bool,
+        typer.Option("--strict", help="Leave with 1 for duplicates, overlap, empty answers too."),
     ] = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of text.")
@@ -55,6 +56,9 @@ def check(
     file or hub:OWNER/SET[:SUBSET][@SPLIT]. A NAME that is a preset's (gsm8k, svamp, mawps, math,
     math12k, aime24, amc23, math500, minerva, olympiadbench) reads that set's own files.
     Training prompts that are also evaluated on are listed, whatever their case and spacing.
+
+    Leaves with 1 where `train` would refuse the data (data.broken_rows, data.overlong_prompts),
+    with 2 where a set cannot be read, or has no usable row.
 
     \b
     Examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -177,6 +178,12 @@ def check_data(data: DataConfig) -> None:
             f"data.template_path={data.template_path} is a chat template; expected data.template: "
             "chat with it"
         )
+    if data.system_prompt is not None and data.template != "chat":
+        raise UserError(
+            "data.system_prompt is the first message of a chat; expected data.template: chat with "
+            "it (without a template, say it in data.prompt_suffix)"
+        )
+    _check_selection(data.selection)
     if data.num_few_shot and data.few_shot is None:
         raise UserError(
             f"data.num_few_shot={data.num_few_shot} needs data.few_shot, where examples come from"
@@ -197,18 +204,27 @@ def parse_source(text: str) -> DataSource:
     PATH is a file, or `hub:OWNER/SET`, with `:SUBSET` and `@SPLIT` after it where they are needed.
 
     Raises:
-        UserError: it is not of this form, or names a preset that is not known.
+        UserError: it is not of this form, or names a preset that is not known, or nearly one.
     """
     name, equals, where = text.partition("=")
     if not equals or "/" in name:
         name, where = "", text
     name, _, preset = name.partition(":")
     if preset and preset not in PRESET_NAMES:
-        raise UserError(f"{text}: no preset {preset!r}; known ones: {', '.join(PRESET_NAMES)}")
+        near = difflib.get_close_matches(preset, PRESET_NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"{text}: no preset {preset!r}; known ones: {', '.join(PRESET_NAMES)}{hint}"
+        )
     if not where or (equals and not name and where != text):
         raise UserError(f"{text}: expected NAME=PATH, NAME:PRESET=PATH or PATH")
     if name and not re.fullmatch(_LABEL, name):
         raise UserError(f"{text}: {name!r} is no name; expected letters, digits and _ . @ + -")
+    if not preset and (meant := _mistyped_preset(name)) is not None:
+        raise UserError(
+            f"{text}: {name!r} is no preset, and nearly one; did you mean {meant}={where}, or "
+            f"{name}:{meant}={where}? A set of your own needs another name"
+        )
     known = preset or (name if name in PRESET_NAMES else None)
     # Names of presets are checked above: the rest is for the type checker.
     given = {"name": name or None, "preset": known}
@@ -223,12 +239,39 @@ def parse_source(text: str) -> DataSource:
     )
 
 
+def _mistyped_preset(name: str) -> str | None:
+    """The preset that a name was meant to be; None where it is one, or clearly another name.
+
+    Another number (aime25) and a part behind a separator (gsm8k_hard) make another set.
+    """
+    if not name or name in PRESET_NAMES:
+        return None
+    bare = re.sub(r"[^a-z0-9]", "", name.lower())
+    if bare in PRESET_NAMES:
+        return bare
+    for preset in PRESET_NAMES:
+        if re.match(rf"{preset}[^A-Za-z0-9]", name, re.IGNORECASE):
+            return None
+        if re.sub(r"\d", "", bare) == re.sub(r"\d", "", preset):
+            return None
+    near = difflib.get_close_matches(bare, PRESET_NAMES, n=1, cutoff=0.8)
+    return near[0] if near else None
+
+
 def _listed(data: DataConfig) -> Iterator[tuple[str, DataSource]]:
     for key, sources in (("train", data.train), ("eval", data.eval)):
         for place, source in enumerate(sources):
             yield f"data.{key}.{place}", source
     if data.few_shot is not None:
         yield "data.few_shot", data.few_shot
+
+
+def _check_selection(selection: SelectionConfig) -> None:
+    if selection.solved_at <= selection.hopeless_at:
+        raise UserError(
+            f"data.selection.solved_at={selection.solved_at:g} is not above "
+            f"data.selection.hopeless_at={selection.hopeless_at:g}: a group would be both"
+        )
 
 
 def _check_source(key: str, source: DataSource) -> None:

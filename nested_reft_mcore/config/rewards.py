@@ -56,6 +56,8 @@ class RewardConfig(Section):
     """Worker processes."""
     deadline_seconds: float = Field(default=10.0, gt=0)
     """Longest call of a function; a completion it was judging gets reward 0 and is counted."""
+    start_timeout_seconds: float = Field(default=120.0, gt=0)
+    """Longest import of the functions' modules, once a worker; longer ends the run."""
     memory_limit_gb: float = Field(default=4.0, gt=0)
     """Address space of a worker, in 10^9 bytes; a function that needs torch needs more."""
     overlong_buffer_len: int = Field(default=0, ge=0)

@@ -48,6 +48,20 @@ def render_pieces(
     return [piece.replace(_GUARD, "") for piece in cut.split(rendered)]
 
 
+def check_template(template: str, place: str) -> None:
+    """Refuse what is no Jinja template, before any question goes through it.
+
+    Raises:
+        UserError: names `place`, the line and what is wrong there.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        _compile(template)
+    except TemplateSyntaxError as error:
+        raise UserError(f"{place}:{error.lineno}: no Jinja template: {error.message}") from error
+
+
 @lru_cache
 def _compile(template: str) -> Template:
     from jinja2.sandbox import ImmutableSandboxedEnvironment

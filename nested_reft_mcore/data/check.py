@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from nested_reft_mcore.config.data import DataConfig, DataSource
 from nested_reft_mcore.data.chat_template import Message
 from nested_reft_mcore.data.overlap import Pair, find_duplicates, find_overlap
 from nested_reft_mcore.data.prompts import PromptSet, load_prompts
+from nested_reft_mcore.data.records import BrokenRow
 from nested_reft_mcore.data.sources import read_rows
 from nested_reft_mcore.data.tokenizers import Tokenizer
 
-_SHOWN_PAIRS = 5
+_SHOWN = 5
+"""Broken rows of a set, and pairs of prompts, in the text."""
 _SHOWN_CHARACTERS = 72
 
 
@@ -51,6 +54,16 @@ class CharacterCounter:
 
 
 @dataclass(frozen=True)
+class BrokenPlace:
+    """A row that cannot be used."""
+
+    file: str
+    line: int | None
+    """From 1: of the line in JSON lines and CSV, of the row in other formats."""
+    reason: str
+
+
+@dataclass(frozen=True)
 class SourceReport:
     """What one data set holds."""
 
@@ -59,9 +72,11 @@ class SourceReport:
     fields: tuple[str, ...]
     """Keys of its first row."""
     num_prompts: int
-    num_broken: int
-    num_dropped: int
-    num_truncated: int
+    broken: tuple[BrokenPlace, ...]
+    """Rows that cannot be used, all of them."""
+    num_dropped: int | None
+    """Prompts that are too long; None where nobody can tell, for lack of a tokenizer."""
+    num_truncated: int | None
     num_without_answer: int
     num_duplicates: int
     lengths: tuple[int, int, int, int]
@@ -84,12 +99,14 @@ class DataReport:
     """Places of training prompts whose question stands before, also in another data set."""
     overlap: tuple[tuple[str, str], ...]
     """Places of training prompts that are evaluated on, and of the evaluation prompts."""
+    refusals: tuple[str, ...]
+    """Why `train` would refuse these data under this configuration; empty where it would not."""
 
     @property
     def is_clean(self) -> bool:
         """Whether nothing is broken, double or both trained and evaluated on."""
         broken = sum(
-            report.num_broken + report.num_without_answer for report in (*self.train, *self.eval)
+            len(report.broken) + report.num_without_answer for report in (*self.train, *self.eval)
         )
         return not (broken or self.duplicates or self.overlap)
 
@@ -106,6 +123,7 @@ class DataReport:
         lines += _describe_pairs("training prompts stand there before", self.duplicates)
         if self.train and self.eval:
             lines += _describe_pairs("training prompts are also evaluated on", self.overlap)
+        lines += [f"train would refuse: {reason}" for reason in self.refusals]
         return "\n".join(lines)
 
 
@@ -115,34 +133,76 @@ def check_data_sets(
     config: DataConfig,
     tokenizer: Tokenizer | None,
 ) -> DataReport:
-    """Read all of them as a run would; broken rows are counted, whatever the configuration says.
+    """Read all of them as a run would; broken and overlong rows are listed or counted, whatever the
+    configuration says, and what a run would say to them is told.
 
-    Without a tokenizer lengths are in characters, and no prompt is too long.
+    Without a tokenizer lengths are in characters, and whether a prompt is too long is not checked.
 
     Raises:
         UserError: a data set cannot be read, or holds no usable row.
     """
     changes: dict[str, Any] = {"broken_rows": "skip"}
+    if config.overlong_prompts == "error":
+        changes |= {"overlong_prompts": "drop"}
     if tokenizer is None:
         changes |= {"template": "none", "add_bos": False, "max_prompt_length": 1 << 62}
-    config = config.model_copy(update=changes)
+    given, config = config, config.model_copy(update=changes)
     counting = CharacterCounter() if tokenizer is None else tokenizer
     unit = "characters" if tokenizer is None else "tokens"
-    sets = [[load_prompts(s, config, counting) for s in group] for group in (train, held_out)]
+    broken: dict[str, list[BrokenRow]] = {}
+
+    def load(use: str, source: DataSource) -> PromptSet:
+        return load_prompts(
+            source, config, counting, broken.setdefault(f"{use} {source.label}", []).append
+        )
+
+    uses = (("train", train), ("eval", held_out))
+    sets = [[load(use, source) for source in group] for use, group in uses]
     trained, evaluated = ([p for one in group for p in one.prompts] for group in sets)
     reports = [
-        tuple(_report(s, one, unit) for s, one in zip(group, loaded, strict=True))
-        for group, loaded in zip((train, held_out), sets, strict=True)
+        tuple(
+            _report(s, one, unit, broken[f"{use} {s.label}"])
+            for s, one in zip(group, loaded, strict=True)
+        )
+        for (use, group), loaded in zip(uses, sets, strict=True)
     ]
     return DataReport(
         reports[0],
         reports[1],
         _places(find_duplicates(trained)),
         _places(find_overlap(trained, evaluated)),
+        tuple(_refusals([*reports[0], *reports[1]], given)),
     )
 
 
-def _report(source: DataSource, prompts: PromptSet, unit: str) -> SourceReport:
+def _refusals(reports: Sequence[SourceReport], config: DataConfig) -> list[str]:
+    reasons = []
+    for report in reports:
+        if report.broken and config.broken_rows == "error":
+            reasons.append(
+                f"{report.place}: {len(report.broken)} broken rows, and data.broken_rows is error"
+            )
+        if report.num_dropped and config.overlong_prompts == "error":
+            reasons.append(
+                f"{report.place}: {report.num_dropped} prompts longer than data.max_prompt_length "
+                f"= {config.max_prompt_length}, and data.overlong_prompts is error"
+            )
+    return reasons
+
+
+def _broken_place(source: DataSource, error: BrokenRow) -> BrokenPlace:
+    """The parts of an error that begins `file:12: ` or `file:row 12: `."""
+    text = str(error)
+    found = re.match(r":(?:row )?(\d+): (.*)", text.removeprefix(source.place), re.DOTALL)
+    if not text.startswith(source.place) or found is None:
+        return BrokenPlace(source.place, None, text)
+    return BrokenPlace(source.place, int(found[1]), found[2])
+
+
+def _report(
+    source: DataSource, prompts: PromptSet, unit: str, broken: Sequence[BrokenRow]
+) -> SourceReport:
+    is_measured = unit == "tokens"
     lengths = sorted(len(prompt.token_ids) for prompt in prompts.prompts)
     values: dict[str, set[str]] = {}
     for prompt in prompts.prompts:
@@ -155,9 +215,9 @@ def _report(source: DataSource, prompts: PromptSet, unit: str) -> SourceReport:
         place=source.place,
         fields=tuple(first.fields),
         num_prompts=len(prompts),
-        num_broken=prompts.num_broken,
-        num_dropped=prompts.num_dropped,
-        num_truncated=prompts.num_truncated,
+        broken=tuple(_broken_place(source, error) for error in broken),
+        num_dropped=prompts.num_dropped if is_measured else None,
+        num_truncated=prompts.num_truncated if is_measured else None,
         num_without_answer=prompts.num_without_answer,
         num_duplicates=len(find_duplicates(prompts.prompts)),
         lengths=(lengths[0], lengths[last // 2], lengths[last * 95 // 100], lengths[last]),
@@ -175,22 +235,32 @@ def _describe(use: str, report: SourceReport) -> list[str]:
     least, median, high, most = report.lengths
     question, answer = (_cut(text) for text in report.example)
     labels = ", ".join(f"{name} ({count} values)" for name, count in report.labels.items())
+    too_long = f"{report.num_dropped} dropped, {report.num_truncated} truncated"
+    if report.num_dropped is None:
+        too_long = "longest length not checked: no tokenizer"
     return [
         f"{use} {report.name}: {report.place}",
-        f"  {report.num_prompts} prompts; {report.num_broken} broken rows, {report.num_dropped} "
-        f"dropped, {report.num_truncated} truncated, {report.num_without_answer} without answer, "
-        f"{report.num_duplicates} duplicates",
+        f"  {report.num_prompts} prompts; {len(report.broken)} broken rows, {too_long}, "
+        f"{report.num_without_answer} without answer, {report.num_duplicates} duplicates",
+        *_describe_broken(report.broken),
         f"  {report.unit}: least {least}, median {median}, 95% {high}, most {most}",
         f"  fields: {', '.join(report.fields)}" + (f"; labels: {labels}" if labels else ""),
         f"  first: {question} -> {answer}",
     ]
 
 
+def _describe_broken(broken: Sequence[BrokenPlace]) -> list[str]:
+    lines = [f"  broken: {one.file}:{one.line or '?'}: {one.reason}" for one in broken[:_SHOWN]]
+    if len(broken) > _SHOWN:
+        lines.append(f"  and {len(broken) - _SHOWN} more broken rows; --json has all of them")
+    return lines
+
+
 def _describe_pairs(what: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
     lines = [f"{len(pairs)} {what}" + (":" if pairs else "")]
-    lines += [f"  {one} = {other}" for one, other in pairs[:_SHOWN_PAIRS]]
-    if len(pairs) > _SHOWN_PAIRS:
-        lines.append(f"  and {len(pairs) - _SHOWN_PAIRS} more; --json has all of them")
+    lines += [f"  {one} = {other}" for one, other in pairs[:_SHOWN]]
+    if len(pairs) > _SHOWN:
+        lines.append(f"  and {len(pairs) - _SHOWN} more; --json has all of them")
     return lines
 
 

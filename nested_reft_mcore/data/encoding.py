@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from nested_reft_mcore.config.data import DataConfig, DataSource
 from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.data.chat_template import check_template
 from nested_reft_mcore.data.records import BrokenRow, BrokenRows, OnBroken, Record, refuse
 from nested_reft_mcore.data.rows import RowReader
 from nested_reft_mcore.data.sources import read_rows
@@ -68,6 +69,11 @@ class PromptEncoder:
                 )
             self._bos = (tokenizer.bos_token_id,)
 
+    @property
+    def template_path(self) -> str | None:
+        """The file that the chat template is from; None where it is the tokenizer's."""
+        return self._config.template_path
+
     def encode(self, question: str) -> tuple[tuple[int, ...], str]:
         """Token ids and text of a question. UserError where the chat template refuses it."""
         config, suffix = self._config, self._config.prompt_suffix
@@ -91,15 +97,18 @@ def encoded_rows(
     tokenizer: Tokenizer,
     extract: Callable[[RowReader, Record], Extracted],
     counts: RowCounts,
+    told: OnBroken | None = None,
 ) -> Iterator[EncodedRow[Extracted]]:
     """The usable rows of a source, in order; `counts` is filled on the way.
+
+    Rows that the configuration skips go to `told`, or else to the log.
 
     Raises:
         UserError: anything wrong with the source or, unless the configuration skips it, with a row
             (named by its place); a prompt that is too long where that is an error; and, at the end,
             if no row is left.
     """
-    skipped = BrokenRows()
+    skipped = BrokenRows(told)
     on_broken: OnBroken = skipped if config.broken_rows == "skip" else refuse
     reader, encoder = RowReader(source, config), PromptEncoder(config, tokenizer)
     dropped_lengths: list[int] = []
@@ -136,7 +145,9 @@ def _encode(
     try:
         token_ids, text = encoder.encode(question)
     except UserError as error:
-        raise UserError(f"{record.source}: {error}") from error
+        # The template is at fault as often as the row.
+        where = f" ({encoder.template_path})" if encoder.template_path else ""
+        raise UserError(f"{record.source}: {error}{where}") from error
     if not token_ids:
         raise BrokenRow(
             f"{record.source}: the prompt is {question!r:.60} and has no tokens; expected text of "
@@ -197,9 +208,11 @@ def _read_template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return Path(path).read_text(encoding="utf-8")
+        template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read; expected a chat template: {error}") from error
+    check_template(template, path)
+    return template
 
 
 def _read_shots(config: DataConfig) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from nested_reft_mcore.data.answers import (
     number_text,
     without_calculator,
 )
+from nested_reft_mcore.data.layouts import PLACEHOLDER
 from nested_reft_mcore.data.records import Record
 
 Extract = Callable[[Record], str]
@@ -23,7 +24,6 @@ Extract = Callable[[Record], str]
 _INSTRUCTION = re.compile(
     r"\s*Let's think step by step and output the final answer within \\boxed\{\}\.\s*$"
 )
-_PLACEHOLDER = re.compile(r"\bnumber(\d+)\b")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _mawps_question(record: Record) -> str:
             raise record.wrong("Numbers", numbers, f"a number for {found.group(0)}")
         return numbers[place]
 
-    return _PLACEHOLDER.sub(fill, record.text("Question").strip())
+    return PLACEHOLDER.sub(fill, record.text("Question").strip())
 
 
 _MATH_SOLUTIONS = ("reward_model.ground_truth.solution", "solution", "demonstration")

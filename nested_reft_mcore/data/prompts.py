@@ -10,7 +10,7 @@ from pathlib import Path
 from nested_reft_mcore.config.data import DataConfig, DataSource, eval_sources, train_sources
 from nested_reft_mcore.data.encoding import RowCounts, encoded_rows
 from nested_reft_mcore.data.prompt import Prompt
-from nested_reft_mcore.data.records import Record
+from nested_reft_mcore.data.records import OnBroken, Record
 from nested_reft_mcore.data.rows import RowReader, as_source
 from nested_reft_mcore.data.stream import Part
 from nested_reft_mcore.data.tokenizers import Tokenizer
@@ -60,11 +60,15 @@ class PromptSet:
 
 
 def load_prompts(
-    source: DataSource | str | Path, config: DataConfig, tokenizer: Tokenizer
+    source: DataSource | str | Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    told: OnBroken | None = None,
 ) -> PromptSet:
     """Read questions with their answers, through the template that `config` names.
 
-    A path alone is a file with the fields that `config` names.
+    A path alone is a file with the fields that `config` names. `told` hears of rows that
+    `broken_rows: skip` leaves out, in place of the log.
 
     Raises:
         UserError: anything wrong in the file, with its place, and if no prompt is left. With
@@ -86,7 +90,7 @@ def load_prompts(
             labels=row.extracted[1],
             question=row.question,
         )
-        for row in encoded_rows(source, config, tokenizer, extract, counts)
+        for row in encoded_rows(source, config, tokenizer, extract, counts, told)
     )
     part = Part(source.label, len(prompts), source.weight)
     return PromptSet(prompts, counts.dropped, counts.truncated, counts.broken, (part,))

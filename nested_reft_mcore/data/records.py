@@ -20,6 +20,10 @@ class BrokenRow(UserError):
     """A row that cannot be used, while others of its file can."""
 
 
+class MissingField(BrokenRow):
+    """A row lacks what it is read by; who knows why it is looked for says what to do."""
+
+
 OnBroken = Callable[[BrokenRow], None]
 """What to do with a broken row: raise it, or count it and return."""
 
@@ -32,7 +36,9 @@ def refuse(error: BrokenRow) -> None:
 class BrokenRows:
     """Counts the broken rows of a source, and names the first of them in the log."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: OnBroken | None = None) -> None:
+        """`told` hears of each in place of the log."""
+        self._told = told
         self.count = 0
         self.first: BrokenRow | None = None
 
@@ -40,7 +46,9 @@ class BrokenRows:
         """Note a row that is left out."""
         self.count += 1
         self.first = self.first or error
-        if self.count <= _LOGGED_BROKEN_ROWS:
+        if self._told is not None:
+            self._told(error)
+        elif self.count <= _LOGGED_BROKEN_ROWS:
             _log.warning("left out: %s", error)
         elif self.count == _LOGGED_BROKEN_ROWS + 1:
             _log.warning("further rows are left out; `nested-reft data check` counts them")
@@ -85,13 +93,14 @@ class Record:
         """An error about the value under `key`, for the caller to raise."""
         return BrokenRow(f"{self.source}: field '{key}' is {shown(value)}; expected {expected}")
 
-    def missing(self, *keys: str) -> BrokenRow:
+    def missing(self, *keys: str) -> MissingField:
         """An error that none of `keys` is there, for the caller to raise."""
         names = " or ".join(f"'{key}'" for key in keys)
-        return BrokenRow(
-            f"{self.source}: no field {names}; found {sorted(self.fields)[:12]}; set the "
-            "data.*_field option or the source's `fields` that names it, or correct the row"
-        )
+        return MissingField(f"{self.source}: no field {names}; found {sorted(self.fields)[:12]}")
+
+    def find(self, key: str) -> Any:
+        """The value under `key`, or None."""
+        return self._find(key)
 
     def _get(self, key: str) -> Any:
         """The value under `key`. BrokenRow if it is missing or null."""

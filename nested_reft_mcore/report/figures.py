@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nested_reft_mcore.report.intervals import ACCURACY, accuracy_intervals, is_bound
+from nested_reft_mcore.report.intervals import ACCURACY, Interval, accuracy_intervals, is_bound
 from nested_reft_mcore.report.page_data import skipped_cells
 from nested_reft_mcore.report.run_record import RunRecord
 
@@ -32,6 +32,14 @@ _PHASES = (
     ("update", "timing_s/update_actor"),
 )
 DPI = 200
+_FEW_POINTS = 2000
+
+
+_MARGINS = {"left": 0.18, "right": 0.97, "bottom": 0.165, "top": 0.955}
+"""Shares of the figure. Tick labels have six characters at most, so nothing need be measured."""
+
+Draw = Callable[[Any], None]
+"""Puts one run's or all runs' values on axes."""
 
 
 def save_figures(runs: Sequence[RunRecord], directory: Path) -> list[Path]:
@@ -40,62 +48,64 @@ def save_figures(runs: Sequence[RunRecord], directory: Path) -> list[Path]:
     Raises OSError where they cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    made = []
+    sheet = _Sheet(directory)
     for name, metric, label in _PLOTS:
         if any(metric in step for run in runs for step in run.steps):
-            made.append(
-                _save(
-                    directory / f"{name}.png", lambda axes, m=metric: _lines(axes, runs, m), label
-                )
-            )
+            sheet.save(name, lambda axes, m=metric: _lines(axes, runs, m), label)
+    # Once a run: they may be counted from the files of all its evaluations.
+    intervals = [accuracy_intervals(run) for run in runs]
     accuracies = {m for run in runs for m in run.metrics if m.startswith(ACCURACY)}
     for metric in sorted(m for m in accuracies if not is_bound(m)):
         name = metric.removeprefix(ACCURACY).replace("/", "_").replace("@", "_at_")
-        label = f"accuracy, {metric.rpartition('/')[2]}"
-        made.append(
-            _save(
-                directory / f"accuracy_{name}.png",
-                lambda axes, m=metric: _accuracy(axes, runs, m),
-                label,
-            )
+        of_runs = [found.get(metric, []) for found in intervals]
+        sheet.save(
+            f"accuracy_{name}",
+            lambda axes, m=metric, of=of_runs: _accuracy(axes, runs, m, of),
+            f"accuracy, {metric.rpartition('/')[2]}",
         )
     for run in runs:
         stem = run.name.replace("/", "_")
         if any("timing_s/step" in step for step in run.steps):
-            made.append(
-                _save(
-                    directory / f"step_time_{stem}.png",
-                    lambda axes, r=run: _stack(axes, r),
-                    "seconds per step",
-                )
-            )
+            sheet.save(f"step_time_{stem}", lambda axes, r=run: _stack(axes, r), "seconds per step")
         if any(plan not in ("", "none") for plan in run.plans.values()):
-            made.append(
-                _save(
-                    directory / f"layers_{stem}.png",
-                    lambda axes, r=run: _layers(axes, r),
-                    "layer",
-                    legend=False,
-                )
-            )
-    return made
+            sheet.save(f"layers_{stem}", lambda axes, r=run: _layers(axes, r), "layer", False)
+    return sheet.made
 
 
-def _save(path: Path, draw: Callable[[Any], None], label: str, legend: bool = True) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+class _Sheet:
+    """One figure, on which picture after picture is drawn."""
 
-    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
-    # Not through pyplot: no state of its process is touched, and no display is looked for.
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set(xlabel="step", ylabel=label)
-    draw(axes)
-    if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=DPI)
-    return path
+    def __init__(self, directory: Path) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self._directory = directory
+        self._figure = Figure(figsize=(4.6, 3.0))
+        # Not through pyplot: no state of its process is touched, and no display is looked for.
+        FigureCanvasAgg(self._figure)
+        self.made: list[Path] = []
+        """The files that were written."""
+
+    def save(self, name: str, draw: Draw, label: str, legend: bool = True) -> None:
+        """Draw one picture and write it."""
+        self._figure.clear()
+        axes = self._figure.subplots(gridspec_kw=_MARGINS)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("step")
+        # The longest label is as long as the axis.
+        axes.set_ylabel(label, fontsize=9)
+        axes.ticklabel_format(scilimits=(-3, 4))
+        draw(axes)
+        if legend and axes.get_legend_handles_labels()[0]:
+            # A fixed corner: looking for the emptiest one compares every point.
+            axes.legend(frameon=False, fontsize=8, loc="best" if _is_small(axes) else "upper left")
+        path = self._directory / f"{name}.png"
+        self._figure.savefig(path, dpi=DPI, pil_kwargs={"compress_level": 3})
+        self.made.append(path)
+
+
+def _is_small(axes: Any) -> bool:
+    return sum(len(line.get_xdata()) for line in axes.lines) <= _FEW_POINTS
 
 
 def _column(run: RunRecord, metric: str) -> tuple[list[float], list[float]]:
@@ -112,15 +122,16 @@ def _lines(axes: Any, runs: Sequence[RunRecord], metric: str) -> None:
         axes.plot(*_column(run, metric), label=run.name, linewidth=1.4, **_style(index))
 
 
-def _accuracy(axes: Any, runs: Sequence[RunRecord], metric: str) -> None:
+def _accuracy(
+    axes: Any,
+    runs: Sequence[RunRecord],
+    metric: str,
+    intervals_of_runs: Sequence[Sequence[Interval | None]],
+) -> None:
     """With 95 % intervals."""
-    for index, run in enumerate(runs):
+    for index, (run, found) in enumerate(zip(runs, intervals_of_runs, strict=True)):
         steps, values = _column(run, metric)
-        intervals = [
-            i
-            for i, s in zip(accuracy_intervals(run).get(metric, []), run.steps, strict=False)
-            if s.get(metric) is not None
-        ]
+        intervals = [i for i, s in zip(found, run.steps, strict=False) if s.get(metric) is not None]
         bounds = [i or (math.nan, math.nan) for i in intervals]
         errors = [
             [v - low for v, (low, _) in zip(values, bounds, strict=True)],

@@ -133,6 +133,7 @@ def _rollout_row(
         "completion": _cut(completion),
         "answer": None if line.get("answer") is None else str(line["answer"]),
         "reward": _short(entry.reward),
+        "components": _components(line),
         "advantage": _short(line.get("advantage")),
         "failure": failure_of(line),
         "reason": line.get("judge_failure") or line.get("finish_reason"),
@@ -145,6 +146,14 @@ def _rollout_row(
         "logprobs": [_hundredths(value) for value in line.get("behavior_logprobs") or []],
         "lengths": lengths,
     }
+
+
+def _components(line: Mapping[str, Any]) -> dict[str, float | int | None] | None:
+    """What each function of a weighted sum gave; None where the run has not recorded it."""
+    found = line.get("components")
+    if not isinstance(found, dict) or not found:
+        return None
+    return {str(name): _short(value) for name, value in found.items()}
 
 
 def _cut(text: str) -> str:

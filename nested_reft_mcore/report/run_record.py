@@ -18,7 +18,6 @@ from nested_reft_mcore.observability.tracking import METRICS_FILE, whole_lines
 CONFIG_FILE = "config.yaml"
 PLAN = "nested/plan"
 """Name of the one text in a line of metrics: what the step skipped."""
-_RUN_FILES = (METRICS_FILE, CONFIG_FILE, "rollouts")
 _BETWEEN_STEPS = ("testing", "save_checkpoint")
 _LEAST_PAUSE = 20.0
 """Seconds: a start takes longer than the pauses of a run that goes on."""
@@ -92,11 +91,31 @@ def _check_is_run(directory: Path) -> None:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "not found"
         raise UserError(f"{directory}: {what}; expected a run directory (run_dir of a run)")
-    if any((directory / name).exists() for name in _RUN_FILES):
+    if any((directory / name).exists() for name in (METRICS_FILE, "rollouts")):
         return
-    inside = sorted(path.parent for path in directory.glob(f"*/{METRICS_FILE}"))
-    hint = f"; did you mean {' '.join(map(str, inside[:6]))} ?" if inside else ""
-    raise UserError(f"{directory}: no run directory: it has none of {', '.join(_RUN_FILES)}{hint}")
+    inside = _runs_inside(directory)
+    # A run that has just begun has its configuration alone; so has a folder for runs.
+    if (directory / CONFIG_FILE).exists() and not inside:
+        return
+    hint = ""
+    if inside:
+        more = f" and {len(inside) - 6} more" if len(inside) > 6 else ""
+        hint = f"; there are runs inside it: {' '.join(map(str, inside[:6]))}{more}"
+    raise UserError(
+        f"{directory}: no run directory: expected {METRICS_FILE}, {CONFIG_FILE} or rollouts in "
+        f"it{hint}"
+    )
+
+
+def _runs_inside(directory: Path) -> list[Path]:
+    """Run directories up to three levels below."""
+    return sorted(
+        {
+            path.parent
+            for depth in range(1, 4)
+            for path in directory.glob("*/" * depth + METRICS_FILE)
+        }
+    )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

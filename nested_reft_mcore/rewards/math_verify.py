@@ -62,6 +62,12 @@ def verify_by_library(completion: str, answer: str) -> float:
     return float(math_verify.verify(list(expected), found, timeout_seconds=NO_TIMEOUT))
 
 
+def warm_up() -> None:
+    """Load what math-verify and sympy load when they are first used."""
+    for text in (r"$\frac{1}{2}$", r"\boxed{x^2 + \sqrt{3}}", "the answer is 0.5"):
+        verify_by_library(text, text)
+
+
 @lru_cache(maxsize=CACHED_ANSWERS)
 def _read_answer(answer: str) -> tuple[Any, ...]:
     # Bare LaTeX such as \frac{3}{4} is only recognised inside a mathematical environment.

@@ -36,6 +36,10 @@ class MessageBuffer:
     def __init__(self) -> None:
         self._bytes = bytearray()
 
+    def __len__(self) -> int:
+        """Bytes that are not taken out yet."""
+        return len(self._bytes)
+
     def add(self, data: bytes) -> None:
         """Append what was read."""
         self._bytes += data

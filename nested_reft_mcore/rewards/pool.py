@@ -1,14 +1,16 @@
 """Judge completions in worker processes, each call within a deadline.
 
 A reward that hangs, crashes or raises costs what it was judging: value 0, counted. The worker is
-replaced and the rest of the batch goes on. Workers end with the pool, also if it is killed, and
-with them whatever a reward has started.
+replaced at once, by a fork of a warm process or, where a reward's module does not allow that, by a
+spare worker that was started before. The rest of the batch goes on. Workers end with the pool, also
+if it is killed, and with them whatever a reward has started.
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +26,10 @@ from nested_reft_mcore.rewards.worker_process import WorkerLost, WorkerProcess
 MAX_START_FAILURES = 3
 """So many workers in a row that die before they are ready end the run."""
 DEFAULT_MEMORY_BYTES = 4 * 10**9
+DEFAULT_START_SECONDS = 120.0
+"""Sympy from a slow file system takes long."""
+MAX_SPARES = 2
+"""Of spare workers, where lost ones are not replaced by forks: each costs memory."""
 
 
 class RewardPool:
@@ -35,6 +41,7 @@ class RewardPool:
         num_workers: int = 1,
         deadline_seconds: float = 10.0,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        start_seconds: float = DEFAULT_START_SECONDS,
     ) -> None:
         """Start the workers; `score` waits for them. A text is the name of the only reward."""
         if num_workers < 1 or deadline_seconds <= 0 or not functions:
@@ -47,8 +54,11 @@ class RewardPool:
         self._functions = tuple(functions)
         self._deadline_seconds = deadline_seconds
         self._memory_bytes = memory_bytes
+        self._start_seconds = start_seconds
         self._budget = OutputBudget()
         self._workers: list[WorkerProcess] = []
+        self._spares: list[WorkerProcess] = []
+        self._spares_lock = threading.Lock()
         try:
             for _ in range(num_workers):
                 self._workers.append(self._start())
@@ -59,6 +69,8 @@ class RewardPool:
         """Items so far that took longer than the deadline."""
         self.errors = 0
         """Items so far whose judging raised or crashed."""
+        self.replacements = 0
+        """Workers so far that took the place of a lost one."""
 
     def __enter__(self) -> RewardPool:
         return self
@@ -76,11 +88,16 @@ class RewardPool:
         """Process ids of the present workers."""
         return tuple(worker.pid for worker in self._workers)
 
+    @property
+    def num_spares(self) -> int:
+        """Spare workers that are ready, or on their way."""
+        return len(self._spares)
+
     def close(self) -> None:
         """End every worker. The pool cannot be used afterwards."""
-        for worker in self._workers:
+        for worker in (*self._workers, *self._spares):
             worker.close()
-        self._workers = []
+        self._workers, self._spares = [], []
 
     def scopes(self) -> tuple[Scope, ...]:
         """What one call of each function judges; waits for a worker to import them.
@@ -120,13 +137,25 @@ class RewardPool:
     def _start(self) -> WorkerProcess:
         """A new worker."""
         return WorkerProcess(
-            self._functions, self._deadline_seconds, self._memory_bytes, self._budget
+            self._functions,
+            self._deadline_seconds,
+            self._memory_bytes,
+            self._start_seconds,
+            self._budget,
         )
 
     def _replace(self, slot: int) -> None:
-        """End the worker in a slot and start another."""
+        """End the worker in a slot and put a spare or new one there."""
         self._workers[slot].close()
-        self._workers[slot] = self._start()
+        with self._spares_lock:
+            spare = self._spares.pop(0) if self._spares else None
+        self._workers[slot] = spare or self._start()
+
+    def _keep_spares(self) -> None:
+        """Start what is missing of the spare workers, in the background."""
+        with self._spares_lock:
+            for _ in range(min(MAX_SPARES, len(self._workers)) - len(self._spares)):
+                self._spares.append(self._start())
 
     def _judge(self, slot: int, items: Sequence[RewardItem], chunk: Chunk, board: _Board) -> None:
         """Put the verdicts of one chunk on the board, with as many workers as it takes."""
@@ -146,22 +175,32 @@ class RewardPool:
                 call = chunk.calls[done]
                 done += 1
                 board.fail(call.function, call.items, lost.reason, lost.timed_out)
-                self._replace(slot)
+                with self._spares_lock:
+                    self.replacements += 1
+                if not worker.can_go_on:
+                    self._replace(slot)
 
     def _ready_worker(self, slot: int) -> WorkerProcess:
         """The worker in a slot, once it is ready. UserError if none ever is."""
+        names = ", ".join(repr(function.name) for function in self._functions)
         reason = ""
         for _ in range(MAX_START_FAILURES):
-            if not self._workers[slot].is_alive and self._workers[slot].scopes is not None:
+            if self._workers[slot].scopes is not None and not self._workers[slot].can_go_on:
                 self._replace(slot)
             try:
                 self._workers[slot].wait_until_ready()
             except WorkerLost as lost:
                 reason = lost.reason
+                if lost.timed_out:
+                    raise UserError(
+                        f"reward {names}: a worker was not ready after {self._start_seconds:g} s "
+                        "(reward.start_timeout_seconds): its module hangs while it is imported"
+                    ) from None
                 self._replace(slot)
             else:
+                if not self._workers[slot].forks:
+                    self._keep_spares()
                 return self._workers[slot]
-        names = ", ".join(repr(function.name) for function in self._functions)
         raise UserError(
             f"reward {names}: {MAX_START_FAILURES} workers in a row did not start; the last one: "
             f"{reason}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -49,7 +50,7 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> LoadedRe
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else _import(place)
         function = getattr(module, function_name)
-    except Exception as error:  # a user's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a user's module may do anything when imported
         raise UserError(
             f"reward: name is {name!r}: cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -57,6 +58,27 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> LoadedRe
         raise UserError(f"reward: {name!r} is a {type(function).__name__}; expected a function")
     _check_options(name, function, options or {})
     return LoadedReward(function, scope_of(function), dict(options or {}))
+
+
+def warm_up(rewards: Sequence[LoadedReward]) -> None:
+    """Have loaded what the first call would load, so that no item pays for it.
+
+    Raises:
+        UserError: it fails, in too little memory for instance.
+    """
+    try:
+        for reward in rewards:
+            if (other := reward.options.get("correct_by")) in REWARDS:
+                load_reward(other)
+        # Also where a function of the user's own calls it.
+        if (module := sys.modules.get(f"{_HERE}.math_verify")) is not None:
+            module.warm_up()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"reward: workers cannot be made ready: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _import(module_name: str) -> ModuleType:

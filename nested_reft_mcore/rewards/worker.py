@@ -1,10 +1,14 @@
 """A reward worker, run as `python -m nested_reft_mcore.rewards.worker LIFE`, a pipe's number.
 
-Two processes: a supervisor, and the worker proper that it forks. The worker reads its settings
-from standard input, says `{"ready": true, ...}`, or `{"failed": reason}` and leaves; then it reads
-items with calls, and answers each call on standard output with `[values, error]`, in order, until
-standard input closes. A call that takes longer than the deadline ends the worker by SIGALRM: the
-kernel does it, so that code which never returns to the interpreter ends too.
+Three processes: a supervisor, which forks one that imports the rewards and warms up, which forks
+the worker proper and forks it again when it is lost (`forking`; two processes where it cannot).
+
+The worker reads its settings from standard input, says `{"ready": true, ...}`, or `{"failed":
+reason}` and leaves; then it reads items with calls, says `{"taken": true}`, and answers each call
+on standard output with `[values, error]`, in order, until standard input closes. A call that takes
+longer than the deadline ends the worker by SIGALRM: the kernel does it, so that code which never
+returns to the interpreter ends too. Of a worker that was lost `{"lost": exit code}` is said, before
+the next one says that it is ready.
 """
 
 from __future__ import annotations
@@ -12,16 +16,19 @@ from __future__ import annotations
 import logging
 import math
 import os
+import reprlib
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any, BinaryIO
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.rewards import messages, processes
 from nested_reft_mcore.rewards.base import RewardItem
-from nested_reft_mcore.rewards.registry import LoadedReward, load_reward
+from nested_reft_mcore.rewards.forking import can_fork, serve_by_forks
+from nested_reft_mcore.rewards.registry import LoadedReward, load_reward, warm_up
 from nested_reft_mcore.rewards.supervisor import supervise
 
 MAX_FILE_BYTES = 1 << 30
@@ -46,20 +53,65 @@ def serve() -> int:
     # Libraries warn here of what no user can change, once for every worker.
     logging.disable(logging.WARNING)
     try:
-        rewards = [load_reward(entry["name"], entry["options"]) for entry in settings["functions"]]
+        rewards = _load(settings)
     except UserError as error:
         _send(answers, {"failed": str(error)})
         return 1
-    processes.adopt_orphans()
-    # What a module starts when it is imported serves every call, and ends with the worker.
-    servants = processes.children() if processes.has_children() else set()
-    _send(
-        answers, {"ready": True, "pid": os.getpid(), "scopes": [reward.scope for reward in rewards]}
+    forks = can_fork()
+    ready = {"ready": True, "forks": forks, "scopes": [reward.scope for reward in rewards]}
+
+    def judge_calls() -> int:
+        processes.adopt_orphans()
+        # What a module starts when it is imported serves every call, and ends with the worker.
+        servants = processes.children() if processes.has_children() else set()
+        _send(answers, ready | {"pid": os.getpid()})
+        return _answer(requests, answers, rewards, settings["deadline_seconds"], servants)
+
+    if not forks:
+        return judge_calls()
+    return serve_by_forks(
+        requests.fileno(), judge_calls, lambda code: _send(answers, {"lost": code})
     )
+
+
+def _load(settings: Mapping[str, Any]) -> list[LoadedReward]:
+    """Import the rewards and warm them up, in the time that there is for it.
+
+    Raises:
+        UserError: one cannot be imported, or its import hangs; says where.
+    """
+    seconds = settings["start_seconds"]
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        place = "" if frame is None else f", in {frame.f_code.co_filename}:{frame.f_lineno}"
+        raise TimeoutError(f"not done after reward.start_timeout_seconds={seconds:g}{place}")
+
+    # Raised into whatever hangs; code that never returns to the interpreter is left to the pool.
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        loaded = [load_reward(entry["name"], entry["options"]) for entry in settings["functions"]]
+        warm_up(loaded)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return loaded
+
+
+def _answer(
+    requests: BinaryIO,
+    answers: int,
+    rewards: Sequence[LoadedReward],
+    deadline_seconds: float,
+    servants: Collection[int],
+) -> int:
+    """Judge what is asked for, until nobody asks; returns the exit code."""
     while (request := messages.read(requests)) is not None:
         items = [RewardItem(**item) for item in request["items"]]
+        # The pool's patience begins here: an item does not pay for the way to its worker.
+        _send(answers, {"taken": True})
         for number, places in request["calls"]:
-            signal.setitimer(signal.ITIMER_REAL, settings["deadline_seconds"])
+            signal.setitimer(signal.ITIMER_REAL, deadline_seconds)
             verdict = judge(rewards[number], [items[place] for place in places])
             if processes.has_children() and not processes.end_children(servants):
                 return 1
@@ -83,15 +135,32 @@ def judge(reward: LoadedReward, items: Sequence[RewardItem]) -> list[Any]:
 
 def _values(reward: LoadedReward, items: Sequence[RewardItem]) -> list[float]:
     if reward.scope == "item":
-        values = [float(reward.function(item, **reward.options)) for item in items]
+        given = [reward.function(item, **reward.options) for item in items]
     else:
-        values = [float(value) for value in reward.function(items, **reward.options)]
+        returned = reward.function(items, **reward.options)
+        if isinstance(returned, (str, bytes, Mapping)) or not isinstance(returned, Iterable):
+            raise _wrong(returned, f"a sequence of {len(items)} numbers")
+        given = list(returned)
+    values = [_number(value) for value in given]
     if len(values) != len(items):
         raise ValueError(f"{len(values)} rewards for {len(items)} completions")
-    for value in values:
-        if not math.isfinite(value):
-            raise ValueError(f"the reward is {value}")
     return values
+
+
+def _number(value: Any) -> float:
+    """A finite float. TypeError for what only looks like a number, such as the text '1.0'."""
+    is_real = hasattr(value, "__float__") or hasattr(value, "__index__")
+    if not is_real or isinstance(value, (str, bytes, complex)):
+        raise _wrong(value, "a real number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"the reward is {number}")
+    return number
+
+
+def _wrong(value: object, expected: str) -> TypeError:
+    shown = reprlib.repr(value)
+    return TypeError(f"the reward returned {shown} ({type(value).__name__}); expected {expected}")
 
 
 def _describe(error: BaseException) -> str:

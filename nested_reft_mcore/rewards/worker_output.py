@@ -55,6 +55,10 @@ class WorkerOutput:
             if text.strip() and self._budget.take(len(text)):
                 _log.info("a reward says: %s", text)
 
+    def forget(self) -> None:
+        """What comes from now on is of another worker."""
+        self._line = self._tail = b""
+
     @property
     def last_words(self) -> str:
         """The end of what it printed, on one line; empty if it printed nothing."""

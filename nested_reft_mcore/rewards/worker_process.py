@@ -20,15 +20,15 @@ from nested_reft_mcore.rewards.base import RewardItem, Scope
 from nested_reft_mcore.rewards.calls import Call
 from nested_reft_mcore.rewards.worker_output import OutputBudget, WorkerOutput
 
-START_SECONDS = 120.0
-"""A worker that is not ready after so long, sympy imported from a slow file system, never is."""
 GRACE_SECONDS = 5.0
-"""The worker keeps the deadline itself; the pool steps in this much later."""
+"""The worker keeps deadlines itself; the pool steps in this much later."""
+TAKE_UP_SECONDS = 60.0
+"""A worker that has not read its items after so long, on a machine however busy, never will."""
 READ_BYTES = 1 << 16
 
 
 class WorkerLost(Exception):
-    """A worker died or went silent while it judged."""
+    """A worker died or went silent."""
 
     def __init__(self, reason: str, timed_out: bool) -> None:
         super().__init__(reason)
@@ -44,19 +44,27 @@ class WorkerProcess:
         functions: Sequence[RewardFunctionConfig],
         deadline_seconds: float,
         memory_bytes: int,
+        start_seconds: float,
         budget: OutputBudget,
     ) -> None:
         """Start the process; it becomes ready in its own time."""
         self._deadline_seconds = deadline_seconds
+        self._start_seconds = start_seconds
         self._buffer = messages.MessageBuffer()
         self._output = WorkerOutput(budget)
         settings = {
             "functions": [{"name": each.name, "options": each.options} for each in functions],
             "deadline_seconds": deadline_seconds,
             "memory_bytes": memory_bytes,
+            "start_seconds": start_seconds,
         }
         self.scopes: tuple[Scope, ...] | None = None
-        """What one call of each function judges; None until the worker is ready."""
+        """What one call of each function judges; None until a worker has been ready."""
+        self.forks = False
+        """Whether a lost worker is replaced by a fork, at once; known when one is ready."""
+        self._is_ready = False
+        self._has_taken = False
+        self._can_go_on = True
         life, self._life = os.pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "nested_reft_mcore.rewards.worker", str(life)],
@@ -79,7 +87,7 @@ class WorkerProcess:
         os.set_blocking(self._requests, False)
         # One that is dead already says so where it is waited for.
         with contextlib.suppress(WorkerLost):
-            self._send(messages.encode(settings), START_SECONDS)
+            self._send(messages.encode(settings), start_seconds)
 
     @property
     def pid(self) -> int:
@@ -87,19 +95,34 @@ class WorkerProcess:
         return self._pid
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the process still runs."""
-        return self._process.poll() is None
+    def can_go_on(self) -> bool:
+        """Whether there is a worker, or one on its way; else this one has to be replaced."""
+        return self._can_go_on and self._process.poll() is None
 
     def wait_until_ready(self) -> None:
-        """Wait for the imports. UserError if the rewards cannot be, WorkerLost if it died."""
-        if self.scopes is not None:
-            return
-        message = self._receive(START_SECONDS)
-        if "failed" in message:
-            raise UserError(message["failed"])
-        self._pid = message["pid"]
-        self.scopes = tuple(message["scopes"])
+        """Wait for the imports, or for the fork in place of a lost worker.
+
+        Raises:
+            UserError: the rewards cannot be imported.
+            WorkerLost: it died, or is not ready in time.
+        """
+        # One that was lost while nobody asked it anything has a successor.
+        while not self._is_ready or self._has_message():
+            # The worker itself breaks off imports; the pool those that cannot be.
+            message = self._receive(self._start_seconds + GRACE_SECONDS)
+            if not isinstance(message, dict):
+                raise WorkerLost("the reward wrote to the worker's pipe", False)
+            if "failed" in message:
+                raise UserError(message["failed"])
+            if "lost" in message:
+                if not self._is_ready:
+                    raise self._lost_worker(message["lost"])
+                self._is_ready = False
+                self._output.forget()
+                continue
+            self._pid, self.forks = message["pid"], message["forks"]
+            self.scopes = tuple(message["scopes"])
+            self._is_ready = True
 
     def judge(
         self, items: Sequence[RewardItem], places: Sequence[int], calls: Sequence[Call]
@@ -114,10 +137,14 @@ class WorkerProcess:
             "items": [vars(items[place]) for place in places],
             "calls": [[call.function, [local[place] for place in call.items]] for call in calls],
         }
-        self._send(messages.encode(request), START_SECONDS)
+        # Unless a worker took the items up, nobody knows what the next one would read.
+        self._can_go_on = self._has_taken = False
+        self._send(messages.encode(request), TAKE_UP_SECONDS)
+        self._answer(TAKE_UP_SECONDS)
         for _ in calls:
-            values, error = self._receive(self._deadline_seconds + GRACE_SECONDS)
+            values, error = self._answer(self._deadline_seconds + GRACE_SECONDS)
             yield values, error
+        self._can_go_on = True
 
     def close(self) -> None:
         """End the process and all that it has started, at once, and forget it."""
@@ -157,6 +184,23 @@ class WorkerProcess:
                 raise self._lost()
             self._buffer.add(data)
         return message
+
+    def _answer(self, seconds: float) -> Any:
+        """What the worker says next about the items that it was given."""
+        message = self._receive(seconds)
+        if isinstance(message, dict) and "lost" in message:
+            self._is_ready, self._can_go_on = False, self._has_taken
+            lost = self._lost_worker(message["lost"])
+            self._output.forget()
+            raise lost
+        self._has_taken = True
+        return message
+
+    def _has_message(self) -> bool:
+        """Whether the worker has said something that was not asked for."""
+        poller = select.poll()
+        poller.register(self._answers, select.POLLIN)
+        return len(self._buffer) > 0 or bool(poller.poll(0))
 
     def _take(self) -> Any:
         try:
@@ -203,6 +247,10 @@ class WorkerProcess:
             code = self._process.wait(timeout=GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             return WorkerLost("the worker closed its pipe", False)
+        return self._lost_worker(code)
+
+    def _lost_worker(self, code: int) -> WorkerLost:
+        """Why a worker ended, by its exit code; negative for a signal."""
         if code == -signal.SIGALRM:
             return WorkerLost(f"longer than the deadline of {self._deadline_seconds:g} s", True)
         self._drain()
@@ -220,6 +268,11 @@ def _environment() -> dict[str, str]:
     root = str(Path(nested_reft_mcore.__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH")
     return {
+        # One thread a worker, unless somebody asked for more: all workers share the machine, and a
+        # process that numpy has given threads cannot be forked.
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
         **os.environ,
         "PYTHONPATH": root if not inherited else os.pathsep.join([root, inherited]),
         # A file in the working directory must not stand in for a module of the same name.

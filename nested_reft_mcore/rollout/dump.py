@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Lesson:
     from the rollout, at the sampling temperature; None where the rollout was masked."""
     judge_failure: str | None = None
     """Why it could not be judged: `timeout`, or the error's text."""
+    components: Mapping[str, float] | None = None
+    """What each function of the reward's sum gave, without its weight; None where there is one."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ def _lesson_to_json(lesson: Lesson) -> dict[str, Any]:
         line["target_logprobs"] = [_rounded(v, _TARGET_DIGITS) for v in lesson.target_logprobs]
     if lesson.judge_failure is not None:
         line["judge_failure"] = lesson.judge_failure
+    if lesson.components is not None:
+        line["components"] = {name: _rounded(v, 6) for name, v in lesson.components.items()}
     return line
 
 

@@ -28,16 +28,17 @@ def write_step(
     batch: TrainingBatch,
     updates_logprobs: Sequence[Tensor],
     failures: Mapping[tuple[str, str], str],
+    components: Mapping[tuple[str, str], Mapping[str, float]],
 ) -> None:
     """This replica's rollouts of a step that is done.
 
     `batch` is what was dealt to the updates, `updates_logprobs` the target's log-probs that each of
-    them saw, `failures` what `Judge.failures` gave.
+    them saw, `failures` and `components` what `Judge` gives under these names.
     """
     if not is_replica_writer(run.context):
         return
     rollouts, replica = collected.rollouts, run.context.data.rank
-    lessons = _lessons(rollouts, batch, updates_logprobs, failures)
+    lessons = _lessons(rollouts, batch, updates_logprobs, failures, components)
     with run.trouble.writing(rollout_file(run.directory, step, replica)):
         dump_rollouts(run.directory, step, replica, rollouts, collected.scores.tolist(), lessons)
 
@@ -47,6 +48,7 @@ def _lessons(
     batch: TrainingBatch,
     updates_logprobs: Sequence[Tensor],
     failures: Mapping[tuple[str, str], str],
+    components: Mapping[tuple[str, str], Mapping[str, float]],
 ) -> list[Lesson]:
     """One for each rollout; row r was dealt to mini-batch r modulo their number."""
     advantages = batch.advantages.tolist()
@@ -56,11 +58,13 @@ def _lessons(
         update, place = row % len(updates_logprobs), row // len(updates_logprobs)
         start = len(rollout.prompt.token_ids) - 1
         target = updates_logprobs[update][place, start : start + len(rollout.token_ids)]
+        key = (rollout.prompt.text, rollout.text)
         lessons.append(
             Lesson(
                 advantage=advantages[row],
                 target_logprobs=None if is_masked[row] else target.tolist(),
-                judge_failure=failures.get((rollout.prompt.text, rollout.text)),
+                judge_failure=failures.get(key),
+                components=components.get(key),
             )
         )
     return lessons

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from nested_reft_mcore.algorithm.accuracy import (
     best_of_k,
-    bootstrap_interval,
+    difference_interval,
     majority_reward,
     mean_interval,
 )
@@ -174,8 +174,9 @@ def _changes(
     """Nested minus full, prompt by prompt: what they have in common cancels out."""
     found: dict[str, Estimate] = {}
     for name, column in nested.items():
-        differences = [value - full[name][row] for row, value in column.items()]
-        found[name] = Estimate(_mean(differences), *bootstrap_interval(differences))
+        values, others = list(column.values()), [full[name][row] for row in column]
+        differences = [value - other for value, other in zip(values, others, strict=True)]
+        found[name] = Estimate(_mean(differences), *difference_interval(values, others))
     return found
 
 

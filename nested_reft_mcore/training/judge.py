@@ -44,17 +44,21 @@ class Judge:
         context: ParallelContext,
         *,
         on_dead: Callable[[str], None] | None = None,
+        keep_components: bool = False,
     ) -> None:
         """`on_dead` hears of it when workers that have worked cannot be started any more.
 
         The rewards of that call are zeros, which the caller has to throw away. Without `on_dead`,
-        or before the first judgement, it is an error.
+        or before the first judgement, it is an error. `keep_components` is for who asks for
+        `components`, where there are several functions.
         """
         self._context = context
         self._on_dead = on_dead
         self._functions = config.weighted
         self._has_judged = False
         self._failures: dict[tuple[str, str], str] = {}
+        self._keeps_components = keep_components and len(self._functions) > 1
+        self._components: dict[tuple[str, str], tuple[float, ...]] = {}
         self._judges_batches = False
         self._said: Counter[str] = Counter()
         self._sums = [0.0] * len(self._functions)
@@ -63,7 +67,11 @@ class Judge:
         if is_replica_writer(context):
             memory = int(config.memory_limit_gb * 1e9)
             self._pool = RewardPool(
-                self._functions, config.num_workers, config.deadline_seconds, memory
+                self._functions,
+                config.num_workers,
+                config.deadline_seconds,
+                memory,
+                config.start_timeout_seconds,
             )
 
     def __enter__(self) -> Judge:
@@ -101,6 +109,9 @@ class Judge:
         for place in range(len(self._functions)):
             self._sums[place] += sum(result.components[place] for result in results)
         self._num_judged += len(results)
+        if self._keeps_components:
+            for rollout, result in zip(rollouts.rollouts, results, strict=True):
+                self._components[rollout.prompt.text, rollout.text] = result.components
         return values_of(results)
 
     def results(self, rollouts: RolloutBatch) -> list[RewardResult]:
@@ -188,6 +199,20 @@ class Judge:
         for part in gather_from_replicas(broadcast_in_replica(mine, self._context), self._context):
             known |= part
         return known
+
+    def components(self) -> dict[tuple[str, str], dict[str, float]]:
+        """What each function gave since the last call, without weights, by prompt and completion.
+
+        Empty where there is one function, whose value is the reward. Of all replicas, as
+        `failures`; every process calls it.
+        """
+        mine, self._components = self._components, {}
+        names = [function.metric_name for function in self._functions]
+        return {
+            key: dict(zip(names, values, strict=True))
+            for part in gather_from_replicas(mine, self._context)
+            for key, values in part.items()
+        }
 
     def _tell_failures(self, results: Sequence[RewardResult]) -> None:
         """Log each new kind of failure, for a reward that silently gives 0 ruins a run."""

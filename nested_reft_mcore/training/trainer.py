@@ -64,7 +64,13 @@ def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
     )
     if config.checkpoint.export_hf:
         check_exportable(run.policy.architecture)
-    with Judge(config.reward, context, on_dead=run.trouble.note) as judge:
+    judge = Judge(
+        config.reward,
+        context,
+        on_dead=run.trouble.note,
+        keep_components=config.logging.dump_rollouts,
+    )
+    with judge:
         return run.to_the_end(partial(_train, run, judge))
 
 
@@ -145,7 +151,7 @@ def _loop(
         # The weights have changed: from here on the step is done, whoever asks to stop.
         run.check(may_stop=False)
         if config.logging.dump_rollouts:
-            write_step(run, step, collected, batch, logprobs, judge.failures())
+            write_step(run, step, collected, batch, logprobs, judge.failures(), judge.components())
         metrics |= steering.learn(metrics)
         state.controller = steering.state_dict()
         state.step, state.data = step + 1, experience.state_dict()

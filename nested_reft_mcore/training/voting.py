@@ -69,6 +69,7 @@ class AnswerVotes:
                     self._config.num_workers,
                     self._config.deadline_seconds,
                     int(self._config.memory_limit_gb * 1e9),
+                    self._config.start_timeout_seconds,
                 )
             return [result.value > 0.5 for result in self._pool.score(items)]
         except (UserError, OSError) as error:

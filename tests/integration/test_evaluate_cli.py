@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from inference_cases import read_lines, write_lines, write_model_with_tokenizer
 from run_cases import finish, run, start
+from typer.testing import CliRunner
 
+from nested_reft_mcore.cli import app
 from nested_reft_mcore.launch.faults import FAULT_VARIABLE
 
 COMMAND = (
@@ -67,12 +69,40 @@ def test_a_killed_evaluation_goes_on_and_others_are_refused(room: Path):
         (("evaluate", "--data", "gsm8k=rows.jsonl"), "no model: expected --hf DIR"),
         (("evaluate", "--hf", "model"), "needs held-out prompts"),
         (("evaluate", "--hf", "model", "--data", "a:b=rows.jsonl"), "no preset 'b'"),
+        (("evaluate", "--hf", "model", "--data", "a b=rows.jsonl"), "'a b' is no name"),
+        (("evaluate", "--hf", "model", "--data", "gsm8=rows.jsonl"), "did you mean gsm8k=rows."),
+        (("evaluate", "--hf", "model", "--data", "gsm8k="), "gsm8k=: expected NAME=PATH"),
+        (("evaluate", "--hf", "model", "--data", "gsm8k"), "gsm8k does not exist"),
         (("evaluate", "--hf", "model", "--data", "gsm8k=gone.jsonl"), "gone.jsonl does not exist"),
         ((*COMMAND, "--skip-layers", "77"), "--skip-layers 77"),
         ((*COMMAND, "evaluation.num_sample=3"), "did you mean `evaluation.num_samples`?"),
+        ((*COMMAND, "reward.name=math_verfy"), "did you mean math_verify?"),
+        ((*COMMAND, "reward.name=gone.py:judge"), "reward: gone.py does not exist"),
+        ((*COMMAND, "data.selection.policy=mops"), "data.selection.policy"),
+        ((*COMMAND, "data.selection.target=2"), "data.selection.target"),
     ],
 )
-def test_mistakes_are_told_before_anything_starts(room: Path, arguments, said):
-    _, err = run(room, *arguments, code=2)
+def test_mistakes_are_told_before_anything_starts(
+    room: Path, monkeypatch, capfd, keep_logging, arguments, said
+):
+    monkeypatch.chdir(room)
+    done = CliRunner().invoke(app, arguments)
+    told = done.output + capfd.readouterr().err
+    assert done.exit_code == 2, told
+    assert said in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        # Both are found while everything is read, so one start tells either.
+        (("--data", "gsm8k=own.jsonl"), "own.jsonl:1: no field 'question'"),
+        (("--data", "own=own.jsonl", "reward.name=bad.py:gone"), "bad.py:gone"),
+    ],
+)
+def test_what_only_reading_can_tell_is_told_too(room: Path, arguments, said):
+    (room / "bad.py").write_text("def judge(item):\n    return 1.0\n")
+    _, err = run(room, "evaluate", "--hf", "model", *arguments, code=2)
     assert said in err
     assert "Traceback" not in err

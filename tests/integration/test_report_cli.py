@@ -21,7 +21,7 @@ def report(*arguments: str | Path) -> Result:
     ("arguments", "message"),
     [
         (("nowhere",), "nowhere: not found; expected a run directory"),
-        ((".",), "did you mean run ?"),
+        ((".",), "there are runs inside it: run"),
         (("run", "--output", "."), "--output .: is a directory"),
         (("run", "--max-megabytes", "0.01"), "--max-megabytes 0.01: expected at least 0.2"),
         (("run", "--output", "run/metrics.jsonl/x.html"), "cannot be written"),

@@ -38,6 +38,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = room / "second" / "rollouts" / "step_000000.dp0.jsonl"
     head, *rest = path.read_text().splitlines()
     line = json.loads(head) | {"completion": HOSTILE, "prompt": HOSTILE, "reward": -1.0}
+    line["components"] = {"math_verify": 0.0, "<b>format": -2.0}
     path.write_text("\n".join([json.dumps(line), *rest]) + "\n")
     metrics = room / "second" / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:8]) + '{"torn')
@@ -104,6 +105,26 @@ def test_the_heat_map_paints_what_was_skipped(opened: Chromium, page: Path) -> N
     assert set(blue) == skipped
 
 
+def test_no_chart_changes_its_size_in_the_observers_own_turn(browser: Chromium, page: Path) -> None:
+    """A browser reports that as an error of the window, `ResizeObserver loop ...`."""
+    listen = "window.said = []; addEventListener('error', (event) => said.push(event.message));"
+    script = browser.call("Page.addScriptToEvaluateOnNewDocument", source=listen)
+    try:
+        browser.open(page)
+        browser.wait_for(READY)
+        for width in (700, 390, 1500):
+            browser.resize(width, 900)
+            browser.evaluate("new Promise((done) => setTimeout(done, 150))")
+        assert browser.evaluate("said") == []
+        widths = "[...document.querySelectorAll('#charts figure svg')].map((s) => s.clientWidth)"
+        axes = "[...document.querySelectorAll('#charts figure svg .axis')]"
+        drawn = f"{axes}.map((axis) => axis.getAttribute('x2'))"
+        assert max(map(float, browser.evaluate(drawn))) == max(browser.evaluate(widths)) - 10
+    finally:
+        browser.call("Page.removeScriptToEvaluateOnNewDocument", **script)
+        browser.resize(1280, 900)
+
+
 def test_filters_find_what_they_say(opened: Chromium, page: Path) -> None:
     rows = [
         json.loads(line)
@@ -136,6 +157,7 @@ def test_hostile_text_stays_text(opened: Chromium) -> None:
     shown = text_of(opened, "#detail .completion")
     for sign in ("</script><img", "␀", "⟨U+D800⟩", "⟨U+202E⟩", "<!-- &lt;"):
         assert sign in shown
+    assert "of itmath_verify 0, <b>format -2" in text_of(opened, "#detail dl")
     assert opened.problems() == []
 
 

@@ -9,12 +9,66 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_reft_mcore.algorithm.accuracy import (
+    CONFIDENCE_Z,
     best_of_k,
     bootstrap_interval,
+    difference_interval,
     majority_reward,
     mean_interval,
+    paired_score_interval,
     wilson_interval,
 )
+
+
+def score_by_likelihood(gains: int, losses: int, n: int, difference: float) -> float:
+    """The score statistic with its nuisance parameter found by maximizing the likelihood itself."""
+    low, high = max(0.0, -difference), (1 - difference) / 2
+
+    def likelihood(share: float) -> float:
+        cells = ((gains, share + difference), (losses, share))
+        cells += ((n - gains - losses, 1 - 2 * share - difference),)
+        return sum(k * math.log(max(p, 1e-300)) for k, p in cells if k)
+
+    for _ in range(200):
+        third = (high - low) / 3
+        if likelihood(low + third) < likelihood(high - third):
+            low += third
+        else:
+            high -= third
+    variance = (2 * low + difference - difference**2) / n
+    return ((gains - losses) / n - difference) / math.sqrt(variance)
+
+
+@pytest.mark.parametrize(
+    ("gains", "losses", "n"), [(1, 7, 21), (40, 20, 160), (0, 1, 44), (3, 0, 12), (0, 2, 8)]
+)
+def test_the_ends_of_a_paired_interval_are_where_the_score_test_turns(gains, losses, n):
+    for end, sign in zip(paired_score_interval(gains, losses, n), (1, -1), strict=True):
+        score = score_by_likelihood(gains, losses, n, end)
+        assert score == pytest.approx(sign * CONFIDENCE_Z, abs=1e-4)
+
+
+def test_paired_intervals_known_from_books():
+    """Airway hyper-responsiveness, in Fagerland, Lydersen and Laake 2014, Stat. Med. 33:2850."""
+    low, high = paired_score_interval(1, 7, 21)
+    assert (round(low, 3), round(high, 3)) == (-0.517, -0.026)
+    assert paired_score_interval(7, 1, 21) == (-high, -low)
+    z2 = CONFIDENCE_Z**2
+    for n in (1, 4, 500):
+        assert paired_score_interval(0, 0, n) == pytest.approx((-z2 / (n + z2), z2 / (n + z2)))
+    assert paired_score_interval(4, 0, 4)[1] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="3 gains and 2 losses of 4"):
+        paired_score_interval(3, 2, 4)
+
+
+def test_differences_take_the_interval_that_fits_them():
+    assert difference_interval([1, 0, 0], [1, 1, 0]) == paired_score_interval(0, 1, 3)
+    assert difference_interval([0.5, 0.25], [0.5, 0.25]) == paired_score_interval(0, 0, 2)
+    assert difference_interval([0.5, 1], [0.25, 1]) == bootstrap_interval([0.25, 0])
+    # Rewards without bounds leave no interval but that of the data.
+    assert difference_interval([7.0, 8.0], [7.0, 8.0]) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="2 values but 1 others"):
+        difference_interval([0, 1], [0])
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])

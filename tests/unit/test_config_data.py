@@ -32,6 +32,11 @@ def test_sources_of_the_command_line(text, expected):
     assert parse_source(text) == expected
 
 
+@pytest.mark.parametrize("name", ["aime25", "gsm8k_hard", "math-easy", "own", "arithmetic"])
+def test_names_of_ones_own_may_resemble_a_preset(name):
+    assert parse_source(f"{name}=a") == DataSource(path="a", name=name)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -39,6 +44,11 @@ def test_sources_of_the_command_line(text, expected):
         ("=a", "expected NAME=PATH"),
         ("", "expected NAME=PATH"),
         ("x:maths=a", "no preset 'maths'; known ones: gsm8k"),
+        ("x:maths=a", "did you mean math?"),
+        ("gsm8=a", "'gsm8' is no preset, and nearly one; did you mean gsm8k=a"),
+        ("GSM8K=a", "did you mean gsm8k=a"),
+        ("math_500=a", "did you mean math500=a"),
+        ("svmap=a", "did you mean svamp=a"),
         ("a b=c", "'a b' is no name"),
         ("x=hub:", "expected hub:OWNER/SET"),
     ],
@@ -72,6 +82,11 @@ def test_both_ways_of_naming_data():
         ({"train": ({"path": "a"}, {"path": "b/a.csv"})}, "two sources are called 'a'"),
         ({"train": ({"path": "a", "weight": 1}, {"path": "b"})}, "data.train: b has no weight"),
         ({"template_path": "a"}, "expected data.template: chat"),
+        ({"system_prompt": "Be brief."}, "data.system_prompt is the first message of a chat"),
+        (
+            {"selection": {"solved_at": 0.2, "hopeless_at": 0.5}},
+            "data.selection.solved_at=0.2 is not above data.selection.hopeless_at=0.5",
+        ),
         ({"num_few_shot": 1}, "data.num_few_shot=1 needs data.few_shot"),
         ({"few_shot": {"path": "a"}}, "data.num_few_shot=0 takes none of them"),
         ({"few_shot_template": "{question}"}, "lacks {answer}"),

@@ -4,6 +4,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from nested_reft_mcore.config.checks import check_config, check_for_training
@@ -27,6 +28,40 @@ def test_the_committed_page_is_up_to_date():
     module = generator()
     page = module.PAGE.read_text()
     assert module.page_with_options(page) == page, "run tools/make_configuration_docs.py"
+
+
+def test_every_row_is_whole_and_nothing_is_said_twice():
+    """A default with a line break would end its row, and the table with it."""
+    lines = generator().render_options().splitlines()
+    assert all(line.count(" | ") >= 3 and line.endswith(" |") for line in lines if line[:2] == "| ")
+    assert not any(line.startswith(("`", "{")) for line in lines)
+    for line in lines:
+        sentences = re.split(r"(?<=[.]) ", line)
+        assert len(sentences) == len(set(sentences)), line
+
+
+def test_help_helps_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    module = generator()
+    page = tmp_path / "page.md"
+    page.write_text("untouched")
+    monkeypatch.setattr(module, "PAGE", page)
+    monkeypatch.setattr("sys.argv", ["make_configuration_docs.py", "--help"])
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == 0
+    assert "--check" in capsys.readouterr().out
+    assert page.read_text() == "untouched"
+
+
+def test_check_tells_a_page_that_is_behind(monkeypatch, tmp_path):
+    module = generator()
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(module, "PAGE", page)
+    page.write_text(f"{module.BEGIN}\n{module.END}")
+    monkeypatch.setattr("sys.argv", ["make_configuration_docs.py", "--check"])
+    assert module.main() == 1
+    page.write_text(module.page_with_options(page.read_text()))
+    assert module.main() == 0
 
 
 def test_every_option_stands_on_the_page_with_its_docstring():

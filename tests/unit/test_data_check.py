@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 from test_data_sources import write
+from test_prompts import ByteTokenizer
 from typer.testing import CliRunner
 
 from nested_reft_mcore.cli import app
+from nested_reft_mcore.config.data import DataConfig, DataSource
+from nested_reft_mcore.data.check import check_data_sets
 from nested_reft_mcore.data.overlap import (
     find_duplicates,
     find_overlap,
@@ -54,17 +57,53 @@ def room(tmp_path):
 
 def test_the_command_reports_counts_and_places(room):
     files = ("--train", f"a={room / 'train.csv'}", "--eval", room / "eval.json")
-    output = check(*files)
+    output = check(*files, "data.broken_rows=skip")
     assert (
-        "5 prompts; 1 broken rows, 0 dropped, 0 truncated, 0 without answer, 1 duplicates" in output
+        "5 prompts; 1 broken rows, longest length not checked: no tokenizer, 0 without answer, "
+        "1 duplicates" in output
     )
+    assert f"broken: {room / 'train.csv'}:7: no field 'prompt'" in output
     assert "characters: least 2, median 2, 95% 2, most 2" in output
     assert f"{room / 'train.csv'}:6 = {room / 'train.csv'}:2" in output
     assert f"{room / 'train.csv'}:4 = {room / 'eval.json'}:row 1" in output
     report = json.loads(check(*files, "--json", "--strict", code=1))
-    assert report["train"][0]["num_broken"] == 1
+    (broken,) = report["train"][0]["broken"]
+    assert (broken["file"], broken["line"]) == (str(room / "train.csv"), 7)
+    assert broken["reason"].startswith("no field 'prompt'")
+    assert report["train"][0]["num_dropped"] is None
     assert report["overlap"] == [[f"{room / 'train.csv'}:4", f"{room / 'eval.json'}:row 1"]]
     check("--eval", room / "eval.json", "--strict")
+
+
+def test_it_leaves_with_1_where_train_would_refuse(tmp_path):
+    """And lists every broken row for machines, the first ones for people."""
+    path = tmp_path / "rows.jsonl"
+    good, bad = '{"prompt": "How many?", "answer": 1}\n', '{"prompt": "x"}\n'
+    path.write_text(good + bad * 8, encoding="utf-8")
+    output = check("--train", path, code=1)
+    assert f"train would refuse: {path}: 8 broken rows, and data.broken_rows is error" in output
+    assert output.count("broken: ") == 5
+    assert "and 3 more broken rows; --json has all of them" in output
+    report = json.loads(check("--train", path, "--json", code=1))
+    assert [row["line"] for row in report["train"][0]["broken"]] == list(range(2, 10))
+    check("--train", path, "data.broken_rows=skip")
+    check("--train", path, "data.broken_rows=skip", "--strict", code=1)
+
+
+def test_prompts_that_are_too_long_for_train_are_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a b c", "answer": 1}\n{"prompt": "a", "answer": 1}\n')
+    source = DataSource(path=str(path))
+    config = DataConfig(max_prompt_length=3, overlong_prompts="error")
+    report = check_data_sets([source], [], config, ByteTokenizer())
+    assert report.train[0].num_dropped == 1
+    assert report.refusals == (
+        f"{path}: 1 prompts longer than data.max_prompt_length = 3, and data.overlong_prompts is "
+        "error",
+    )
+    for policy in ("drop", "truncate_left"):
+        config = DataConfig(max_prompt_length=3, overlong_prompts=policy)
+        assert check_data_sets([source], [], config, ByteTokenizer()).refusals == ()
 
 
 @pytest.mark.parametrize(
@@ -72,6 +111,7 @@ def test_the_command_reports_counts_and_places(room):
     [
         ((), "nothing to check"),
         (("--train", "gsm8k=gone.jsonl"), "gone.jsonl: cannot be read"),
+        (("--train", "gsm8=a.jsonl"), "'gsm8' is no preset, and nearly one; did you mean gsm8k="),
         (("--train", "a", "run_dir=x"), "expected data.field=value"),
         (("--train", "a", "data.limits=3"), "did you mean `limit`"),
     ],

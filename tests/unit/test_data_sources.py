@@ -1,6 +1,7 @@
 """Rows of CSV, JSON and parquet files, with their places; broken ones by policy."""
 
 import csv
+import gzip
 import json
 
 import pyarrow
@@ -69,6 +70,23 @@ def test_keys_look_into_objects_and_lists(tmp_path, name):
     )
     (prompt,) = load_prompts(source, DataConfig(), TOKENIZER).prompts
     assert (prompt.text, prompt.dataset, prompt.labels) == ("x", "mine", (("level", "3"),))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"{}"), "is a gzip file; expected JSON lines, JSON or CSV: unpack it with"),
+        (b"PAR1....", "is a parquet file; .* say format: parquet"),
+        ('{"prompt": 1}'.encode("utf-16"), "is UTF-16 text; .* save it as UTF-8"),
+        (b"\x80\x04\x95\0\0", "is a binary file"),
+    ],
+)
+def test_what_is_no_text_is_refused_as_a_whole(tmp_path, content, message):
+    """Whatever becomes of broken rows: there would be one in every line."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"rows.jsonl: {message}"):
+        load_prompts(path, DataConfig(broken_rows="skip"), TOKENIZER)
 
 
 def test_a_json_file_may_be_json_lines_or_wrap_its_list(tmp_path):

@@ -4,7 +4,11 @@ import math
 
 import pytest
 
-from nested_reft_mcore.algorithm.accuracy import bootstrap_interval, wilson_interval
+from nested_reft_mcore.algorithm.accuracy import (
+    bootstrap_interval,
+    paired_score_interval,
+    wilson_interval,
+)
 from nested_reft_mcore.training.evaluation_figures import (
     FULL,
     JudgedCompletion,
@@ -123,9 +127,8 @@ def test_what_skipping_costs_is_paired_by_prompt(capsys):
     figures = all_figures(completions)
     assert not only(figures, policy=FULL).change
     change = only(figures, policy="3,5.mlp").change["greedy"]
-    differences = [b - a for a, b in zip(full, nested, strict=True)]
     assert change.value == pytest.approx(-2 / 8)
-    assert (change.low, change.high) == bootstrap_interval(differences)
+    assert (change.low, change.high) == paired_score_interval(0, 2, 8)
     metrics = only(figures, policy="3,5.mlp").metrics()
     assert metrics["val-core/maths@skip=3,5.mlp/reward/greedy"] == 0.5
     assert metrics["val-aux/maths@skip=3,5.mlp/change/greedy"] == pytest.approx(-0.25)
@@ -135,6 +138,24 @@ def test_what_skipping_costs_is_paired_by_prompt(capsys):
     assert f"75.0 [{low:.1f}, {high:.1f}]" in shown
     assert "skip 3,5.mlp" in shown
     assert f"-25.0 [{100 * change.low:+.1f}, {100 * change.high:+.1f}]" in shown
+
+
+def test_no_disagreement_on_four_prompts_is_no_certainty():
+    """Greedy and sampled: around a difference of 0 is the width that four prompts leave."""
+    completions = [
+        one
+        for policy in (FULL, "3")
+        for row in range(4)
+        for one in (
+            *judged(row, [1.0], policy=policy, mode="greedy"),
+            *judged(row, [0.0, 1.0], policy=policy),
+        )
+    ]
+    changes = only(all_figures(completions), policy="3").change
+    assert set(changes) >= {"greedy", "mean@2"}
+    for change in changes.values():
+        assert change.value == 0
+        assert (change.low, change.high) == (pytest.approx(-0.4899, abs=1e-4), -change.low)
 
 
 def test_headings_are_the_fields():

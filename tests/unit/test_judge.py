@@ -71,9 +71,16 @@ def test_verdicts_and_metrics_do_not_depend_on_the_replicas(num_replicas, monkey
     config = rewards(("place", 1.0), ("members", 10.0), ("picky", 100.0), ("sees", 0.0))
 
     def judge(context: ParallelContext):
-        with Judge(config, context) as judge:
+        with Judge(config, context, keep_components=True) as judge:
             values = judge(share_of(context))
+            parts = judge.components()
             judge.results(share_of(context))
+            # What is evaluated between steps is not of a step.
+            assert judge.components() == {}
+            # Of all replicas, by prompt and completion: groups may move between them.
+            assert list(parts) == [("p", text) for text in TEXTS]
+            assert parts["p", "d"] == {"place": 3.0, "members": 2.0, "picky": 1.0, "sees": 1.0}
+            assert parts["p", "no"]["picky"] == 0.0
             return values, judge.metrics(), judge.metrics()
 
     if num_replicas == 1:

@@ -156,6 +156,51 @@ def test_a_row_of_another_layout_is_named(tmp_path, preset, row, message):
         load(tmp_path, preset, row)
 
 
+SVAMP = {"Body": "3 pens", "Question": "How many?", "Answer": 3.0, "Type": "Division"}
+MAWPS_CSV = {"Body": "number0 a", "Question": "number0 a ?", "Numbers": "3", "Answer": "3"}
+AIME = {"problem": "Find.", "solution": "\\boxed{5}", "answer": "5", "url": "x/2024_AIME_I"}
+GSM8K = {"question": "How?", "answer": "It is\n#### 5"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "row", "fits"),
+    [
+        ("svamp", MAWPS_CSV, "mawps"),
+        ("mawps", SVAMP, "svamp"),
+        ("minerva", AIME, "aime24"),
+        ("math", AIME, "aime24"),
+        ("amc23", AIME, "aime24"),
+        ("mawps", GSM8K, "gsm8k"),
+        ("math", GSM8K, "gsm8k"),
+        ("minerva", {"problem": "a", "solution": "\\boxed{1}", "level": "Level 1"}, "math"),
+        ("math500", math_row("a", "\\boxed{5}"), "math"),
+        ("aime24", {"problem": "a", "answer": "p", "subject": "x", "level": 1}, "math500"),
+        (None, GSM8K, "gsm8k"),
+    ],
+)
+def test_rows_of_another_set_are_refused_with_the_preset_that_fits(tmp_path, preset, row, fits):
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, preset, row)
+    message = str(refused.value)
+    assert "rows.jsonl:1: " in message
+    assert message.endswith(f"; the preset that fits is {fits}")
+    assert ("data.prompt_field" in message) == (preset is None)
+
+
+def test_an_answer_that_is_no_number_is_of_another_set(tmp_path):
+    with pytest.raises(UserError, match=r":1: no row of the preset amc23: it has the answer 'p'"):
+        load(tmp_path, "amc23", {"problem": "a", "answer": "p"})
+
+
+def test_a_source_with_fields_of_its_own_is_not_compared(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(AIME) + "\n")
+    source = DataSource.model_validate(
+        {"path": str(path), "preset": "minerva", "fields": {"answer": "answer"}}
+    )
+    assert load_prompts(source, CONFIG, ByteTokenizer())[0].answer == "5"
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [

@@ -112,8 +112,12 @@ def test_what_is_no_run_is_named_with_what_was_meant(tmp_path: Path):
     write_metrics(tmp_path / "runs" / "first", reward(1, 0.5))
     with pytest.raises(UserError, match="nowhere: not found; expected a run directory"):
         read_runs([tmp_path / "nowhere"])
-    with pytest.raises(UserError, match=r"did you mean .*runs/first"):
+    with pytest.raises(UserError, match=r"runs inside it: .*runs/first"):
         read_runs([tmp_path / "runs"])
+    # A folder with a configuration, whose runs lie deeper, is no run either.
+    write_config(tmp_path, 8)
+    with pytest.raises(UserError, match=r"there are runs inside it: .*runs/first"):
+        read_runs([tmp_path])
     with pytest.raises(UserError, match="is a file"):
         read_runs([tmp_path / "runs" / "first" / "metrics.jsonl"])
     with pytest.raises(UserError, match="the same run as"):

@@ -84,12 +84,12 @@ def items(*completions: str) -> list[RewardItem]:
 
 
 def test_what_a_reward_forks_ends_with_its_call(mark):
-    """Supervisor and worker are left, and the same worker goes on: nothing was an error."""
+    """Supervisor, warm process and worker are left; the worker goes on: nothing was an error."""
     forking = ["fork", "daemon", "popen", "many", "twice", "raising child"]
     with RewardPool("forking_reward:reward", deadline_seconds=60) as pool:
         pool.score(items("a"))
         before = marked_processes(mark)
-        assert len(before) == 2
+        assert len(before) == 3
         results = pool.score(items(*forking))
         assert [result.value for result in results] == [float(len(what)) for what in forking]
         assert marked_processes(mark) == before
@@ -108,7 +108,7 @@ def test_what_a_lost_worker_has_forked_ends_too(mark, what, reason):
         before, lost, after = pool.score(items("a", what, "ccc"))
         assert (before.value, lost.value, after.value) == (1.0, 0.0, 3.0)
         assert lost.error == reason
-        assert len(marked_processes(mark)) == 2
+        assert len(marked_processes(mark)) == 3
     assert left_after(mark, 0) == set()
 
 
@@ -130,7 +130,7 @@ pool.score([RewardItem("", "fork daemon hang", "")])
     assert parent.stdout is not None
     with parent.stdout:
         assert parent.stdout.readline() == "ready\n"
-        while len(marked_processes(mark)) < 5:
+        while len(marked_processes(mark)) < 6:
             assert parent.poll() is None
         parent.kill()
         parent.wait()

@@ -48,7 +48,7 @@ def reward(item):
     if completion == "torch":
         return float("torch" in sys.modules)
     if completion == "text":
-        return "one"
+        return "1.0"
     if completion == "pid":
         return os.getpid()
     return float(len(completion))
@@ -90,7 +90,7 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
         ("recursion", "RecursionError"),
         ("raise", "KeyError: 'no such thing'"),
         ("nan", "the reward is nan"),
-        ("text", "ValueError"),
+        ("text", "TypeError: the reward returned '1.0' (str); expected a real number"),
         ("memory", "MemoryError"),
     ],
 )
@@ -121,7 +121,7 @@ def test_the_deadline_holds_for_each_item(completion):
 
 
 def test_a_stopped_worker_is_given_up(monkeypatch):
-    monkeypatch.setattr("nested_reft_mcore.rewards.worker_process.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("nested_reft_mcore.rewards.worker_process.TAKE_UP_SECONDS", 0.5)
     with RewardPool("hostile_reward:reward", deadline_seconds=0.5) as pool:
         pool.score(items("warm"))
         os.kill(pool.worker_pids[0], signal.SIGSTOP)

@@ -92,10 +92,13 @@ def test_broken_lines_are_named(tmp_path: Path) -> None:
 def test_what_the_update_made_of_a_rollout_stands_in_its_line(tmp_path: Path) -> None:
     batch = make_batch(0, 1)
     first = [float("nan"), *[-0.123456] * (len(batch.rollouts[0].token_ids) - 1)]
-    lessons = [Lesson(0.5, first), Lesson(-1.0, None, "timeout")]
+    parts = {"math_verify": 1.0, "format": float("inf")}
+    lessons = [Lesson(0.5, first, components=parts), Lesson(-1.0, None, "timeout")]
     path = dump_rollouts(tmp_path, 1, 0, batch, [1.0, 0.0], lessons)
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     assert lines[0]["target_logprobs"] == [None, *[-0.1235] * (len(first) - 1)]
+    assert lines[0]["components"] == {"math_verify": 1.0, "format": None}
+    assert "components" not in lines[1]
     assert (lines[0]["advantage"], lines[1]["advantage"]) == (0.5, -1.0)
     assert "judge_failure" not in lines[0]
     assert lines[1]["judge_failure"] == "timeout"

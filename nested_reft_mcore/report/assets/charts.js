@@ -98,8 +98,18 @@ function figure(title, unit, extra) {
   };
   const again = () => { if (element.isConnected) draw(true); else redraws.delete(again); };
   redraws.add(again);
-  new ResizeObserver(() => draw(false)).observe(element);
+  whenWidthChanges(element, () => draw(false));
   return element;
+}
+
+// Draw in the next frame: what changes sizes in the observer's own turn is reported as an error.
+function whenWidthChanges(element, draw) {
+  let width = 0;
+  new ResizeObserver(([entry]) => {
+    if (entry.contentRect.width === width) return;
+    width = entry.contentRect.width;
+    requestAnimationFrame(draw);
+  }).observe(element);
 }
 const redrawAll = () => { for (const redraw of [...redraws]) redraw(); };
 

@@ -242,7 +242,7 @@ function heatmap(run) {
     showTip(event, `step ${run.steps[places[k]]}, layer ${layer}`, [[null, STATES[plans[k][layer]][0], ""]]);
   };
   canvas.onpointerleave = hideTip;
-  new ResizeObserver(draw).observe(element);
+  whenWidthChanges(element, draw);
   redraws.add(draw);
   return element;
 }

@@ -52,6 +52,8 @@ async function start() {
   await new Promise((resolve) => setTimeout(resolve, 0));
   startBrowser((await unpack("rollouts")) || []);
   startCompare();
+  // Charts draw themselves in the frame after the one that gives them their width.
+  await new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
   document.documentElement.dataset.ready = "all";
 }
 

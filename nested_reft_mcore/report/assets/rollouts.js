@@ -104,6 +104,7 @@ function showRollout(row) {
 function rolloutParts(row, withPrompt) {
   const facts = [["run", plainText(runs[row.index].name)], ["step", `${row.step}, prompt ${row.prompt_index}, sample ${row.sample}`],
     ["reward", format(row.reward) + (row.advantage == null ? "" : `, advantage ${format(row.advantage)}`)],
+    ...(row.components ? [["of it", Object.entries(row.components).map(([name, value]) => `${plainText(name)} ${value == null ? "–" : format(value)}`).join(", ")]] : []),
     ["expected answer", row.answer == null ? "–" : plainText(row.answer)],
     ["ended", row.failure ? `${FAILURES[row.failure]} (${plainText(String(row.reason))})` : plainText(String(row.reason))],
     ["plan skips", plainText(row.planText || "nothing")],
