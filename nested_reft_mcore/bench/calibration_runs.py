@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ _SIMULATED = {
 }
 
 
-def find_runs(paths: Sequence[Path]) -> list[MeasuredRun]:
+def find_runs(paths: Sequence[Path], say: Callable[[str], None] = print) -> list[MeasuredRun]:
     """Runs of `train` in these directories, or in directories inside of them.
+
+    Of those inside, a run that cannot be used, such as an unfinished one, is named and left out.
 
     Raises:
         UserError: a directory that is no run and has none inside, or a run without times.
@@ -40,7 +42,17 @@ def find_runs(paths: Sequence[Path]) -> list[MeasuredRun]:
         if not inside:
             raise UserError(f"{path}: no run directory, and none inside: {METRICS_FILE} is missing")
         directories += inside
-    return [_measured(record) for record in read_runs(directories)]
+    found: list[MeasuredRun] = []
+    for record in read_runs(directories):
+        try:
+            found.append(_measured(record))
+        except UserError as error:
+            if record.directory in paths:
+                raise
+            say(f"left out: {error}")
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))}: no run inside can be used")
+    return found
 
 
 def simulated_seconds(point: Point, profile: HardwareProfile) -> dict[str, float]:

@@ -170,7 +170,7 @@ def make_grid(study: StudyFile, path: Path) -> Grid:
 
 
 class _Misfit(Exception):
-    """A layout that cannot divide a model."""
+    """A layout that cannot divide a model, or a ratio that it has too few layers for."""
 
 
 def _first_reason(reasons: Mapping[str, str], excluded: int) -> str:
@@ -261,7 +261,7 @@ def _make_run(
         missing = None
     options = {**own, **model, **grid}
     planned = {**own, **({} if missing else model), **grid}
-    config = load_config(base, words_of(planned))
+    config = _load(base, planned, point)
     budget = size.budget or study.budget
     if budget is not None:
         steps = _steps_of(study, path, point, config, budget)
@@ -275,6 +275,17 @@ def _make_run(
     architecture = model_architecture(config.model)
     _check_fits(config, architecture, point)
     return StudyRun(point, base, tuple(words), config, architecture, missing)
+
+
+def _load(base: Path, options: Mapping[str, Any], point: Point) -> Config:
+    """A point's configuration; _Misfit where it would do at full depth."""
+    try:
+        return load_config(base, words_of(options))
+    except UserError as error:
+        if point.skip_ratio > 0:
+            load_config(base, words_of({**options, "nested.skip_ratio": 0.0}))
+            raise _Misfit(str(error)) from None
+        raise
 
 
 def _model_options(size: SizeSection) -> dict[str, Any]:
@@ -305,10 +316,10 @@ def _steps_of(study: StudyFile, path: Path, point: Point, config: Config, budget
 
 
 def _check_fits(config: Config, architecture: ModelArchitecture, point: Point) -> None:
-    """Raises _Misfit where the layout is to blame."""
+    """Raises _Misfit where the layout is to blame, or a ratio that leaves too few layers."""
     check_architecture(architecture, model_source(config.model))
-    check_depth(config, architecture.num_layers)
     try:
+        check_depth(config, architecture.num_layers)
         check_layout(architecture, config.parallel, point.world_size)
         check_batches(config, point.dp)
     except UserError as error:

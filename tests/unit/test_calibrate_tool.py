@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,24 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 write_run(run, *overrides(size, stages, skipped, "stage_balanced", 0))
     (root / "start.yaml").write_text(profile_yaml(START, {}, "of a test"))
     return root
+
+
+def test_an_unfinished_run_among_others_is_named_and_left_out(
+    tool: Any, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    runs = tmp_path / "runs"
+    shutil.copytree(study / "runs", runs)
+    cut = runs / "cut"
+    shutil.copytree(next(run for run in runs.iterdir()), cut)
+    (cut / "metrics.jsonl").write_text("")
+    words = ["--hardware", str(study / "start.yaml")]
+    assert tool([str(runs), *words]) == 0
+    shown = capsys.readouterr().out
+    assert "left out: " in shown
+    assert "cut: has fewer than two steps" in shown
+    assert "fitted to 8 runs" in shown
+    # Asked for by name it is a mistake.
+    assert tool([str(cut), *words]) == 2
 
 
 def test_it_fits_half_and_predicts_the_other(

@@ -91,6 +91,14 @@ def test_a_layout_that_cannot_divide_is_struck_or_a_mistake(tmp_path: Path) -> N
         grid_in(tmp_path, layouts=layouts, on_misfit="error")
 
 
+def test_a_ratio_that_leaves_too_few_layers_is_struck(tmp_path: Path) -> None:
+    grid = grid_in(tmp_path, skip_ratios=[0, 0.9], laws=["uniform"], layouts=[{}])
+    ((name, reason),) = grid.struck
+    assert name == "tiny.skip_0.9.uniform.practical.tp1_pp1_dp1.seed_0"
+    assert "7 layers to skip" in reason
+    assert len(grid.runs) == 1
+
+
 def test_layouts_by_machines(tmp_path: Path) -> None:
     cluster = {"nodes": 2, "gpus_per_node": 4}
     grid = grid_in(tmp_path, layouts=[{"tp": 2, "nodes": 2}], cluster=cluster)
