@@ -23,67 +23,12 @@ NUMBERS: list[Callable[[int], str]] = [
     lambda n: f"{n % 10**9 / 10**6:.6f}",
     lambda n: EDGES[n % len(EDGES)],
 ]
-WORDS = [
-    "so",
-    "the",
-    "answer",
-    "is",
-    "final",
-    "Answer:",
-    "I",
-    "hope",
-    "it",
-    "=",
-    "+",
-    "-",
-    "*",
-    "/",
-    "$",
-    "$$",
-    "[",
-    "]",
-    "(",
-    ")",
-    "percent",
-    "%",
-    "pct",
-    "apples",
-    "and",
-    "or",
-    ",",
-    ".",
-    ":",
-    ";",
-    "####",
-    "**",
-    "{",
-    "}",
-    "a",
-    "x",
-    "=",
-    "total:",
-    "is",
-    "was",
-    "5",
-    "16",
-    "3/4",
-    "\\frac{1}{2}",
-    "\\boxed{3}",
-    "\\text{a}",
-    "\\(",
-    "\\)",
-    "\\[",
-    "\\]",
-    "!",
-    ">",
-    "<",
-    "#",
-    "'",
-    "€",
-    "٣",
-    "ſ",
-    "\xa0",
-]
+TEXTS = (
+    "so the answer is final Answer: I hope it = + - * / $ $$ [ ] ( ) percent % pct apples and "
+    "or , . : ; #### ** { } a x = total: is was 5 16 3/4 \\frac{1}{2} \\boxed{3} \\text{a} "
+    "\\( \\) \\[ \\] ! > < # ' \u20ac \u0663 \u017f \u00a0"
+)
+WORDS = TEXTS.split(" ")
 LEADS = [
     *("#### ", "The answer is ", "answer: ", "Answer: ", "The final answer is ", "so x = "),
     *("Final Answer: ", "costs $", "The answer is **", "The answer is $", "is\n", "", " ", "= "),
@@ -96,11 +41,11 @@ ENDS = [
     *("} apples\nin total, 5 of 7", "} percent", "$ I hope", " = 3", "} x}", " dollars.", "%"),
     "} $\\frac{1}{2}$",
 ]
-BYTES_OF_ONE, CASES, EXAMPLES = 64, 40, 100
+BYTES_OF_ONE, CASES, EXAMPLES = 64, 40, 80
 
 
 class Choices:
-    """Choices that bytes make: Hypothesis draws all of them at once, which is a tenth of the time."""
+    """Choices that bytes make: Hypothesis draws them all at once, in a tenth of the time."""
 
     def __init__(self, data: bytes) -> None:
         self._bytes = iter(data)
