@@ -62,7 +62,8 @@ demo: $(STAMP) ## run the main job on the embedded default, in a few minutes on 
 	@PATH="$(abspath $(BIN)):$$PATH" $(ONE_THREAD) ./examples/cpu_demo/run.sh
 
 test: $(STAMP) ## run the tests
-	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		--max-worker-restart=0 $(ARGS)
 
 lint: $(STAMP) ## check style, format and who imports whom
 	@$(BIN)/ruff check .

@@ -1,8 +1,9 @@
-"""What every test shares: one thread, and shapes checked at run time where they are annotated."""
+"""What every test shares: one thread, shapes checked at run time, and an end to what hangs."""
 
+import faulthandler
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -22,6 +23,38 @@ torch.set_num_threads(1)
 # No deadline: machines that run tests are shared. Derandomised: a red run can be repeated.
 settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
+
+HARD_TIMEOUT_SECONDS = 900.0
+"""pytest-timeout raises into a test after 600 s, once; what hangs again is ended here."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The terminal's: what tests print is not captured yet.
+    config.stash[_STDERR] = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, bool | None]:
+    _end_process_later(item.config)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    # pytest cancels the timer where a test fails.
+    _end_process_later(item.config)
+
+
+_STDERR = pytest.StashKey[int]()
+
+
+def _end_process_later(config: pytest.Config) -> None:
+    """Print where every thread stands and leave: the other worker's tests go on."""
+    stderr = config.stash[_STDERR]
+    faulthandler.dump_traceback_later(HARD_TIMEOUT_SECONDS, exit=True, file=stderr)
 
 
 @pytest.fixture

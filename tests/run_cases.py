@@ -102,9 +102,8 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
-        _, err = process.communicate()
-        raise AssertionError(f"no end after {PATIENCE_SECONDS} seconds:\n{err}") from None
+        said = end_family(process)
+        raise AssertionError(f"no end after {PATIENCE_SECONDS} seconds:\n{said}") from None
     return process.returncode, out, err
 
 
@@ -120,8 +119,7 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) ->
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(f"did not get there: {process.communicate()}")
+            raise AssertionError(f"did not get there: {end_family(process)}")
         time.sleep(0.01)
 
 
@@ -157,6 +155,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """All that it has started."""
     return psutil.Process(process.pid).children(recursive=True)
+
+
+def end_family(process: subprocess.Popen[str]) -> str:
+    """Kill it and all that it has started; what it has said, without waiting for orphans."""
+    doomed = [*family(process), process] if process.poll() is None else []
+    for each in doomed:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    try:
+        out, err = process.communicate(timeout=10)
+    except subprocess.TimeoutExpired as expired:
+        out, err = expired.output, expired.stderr
+    return f"{out}\n{err}"
 
 
 def find(

@@ -1,9 +1,10 @@
 """Judge completions in worker processes, each call within a deadline.
 
-A reward that hangs, crashes or raises costs what it was judging: value 0, counted. The worker is
-replaced at once, by a fork of a warm process or, where a reward's module does not allow that, by a
-spare worker that was started before. The rest of the batch goes on. Workers end with the pool, also
-if it is killed, and with them whatever a reward has started.
+A reward that hangs, crashes or raises costs what it was judging: value 0, counted; a worker that
+dies or stops by itself costs nothing. A worker is replaced at once, by a fork of a warm process or,
+where a reward's module does not allow that, by a spare worker that was started before. The rest of
+the batch goes on. Workers end with the pool, also if it is killed, and with them whatever a reward
+has started.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class RewardPool:
 
     def _judge(self, slot: int, items: Sequence[RewardItem], chunk: Chunk, board: _Board) -> None:
         """Put the verdicts of one chunk on the board, with as many workers as it takes."""
-        done = 0
+        done = deaths_before_begin = 0
         while done < len(chunk.calls):
             rest = Chunk(chunk.calls[done:])
             worker = self._ready_worker(slot)
@@ -172,13 +173,16 @@ class RewardPool:
                     else:
                         board.set(call.function, call.items, values)
             except WorkerLost as lost:
-                call = chunk.calls[done]
-                done += 1
-                board.fail(call.function, call.items, lost.reason, lost.timed_out)
                 with self._spares_lock:
                     self.replacements += 1
                 if not worker.can_go_on:
                     self._replace(slot)
+                # One that died of itself costs no completion, unless every one dies of the items.
+                deaths_before_begin += not lost.had_begun
+                if lost.had_begun or deaths_before_begin == MAX_START_FAILURES:
+                    call = chunk.calls[done]
+                    done += 1
+                    board.fail(call.function, call.items, lost.reason, lost.timed_out)
 
     def _ready_worker(self, slot: int) -> WorkerProcess:
         """The worker in a slot, once it is ready. UserError if none ever is."""

@@ -28,12 +28,13 @@ READ_BYTES = 1 << 16
 
 
 class WorkerLost(Exception):
-    """A worker died or went silent."""
+    """A worker died or went silent; `had_begun` if a call can have been the reason."""
 
     def __init__(self, reason: str, timed_out: bool) -> None:
         super().__init__(reason)
         self.reason = reason
         self.timed_out = timed_out
+        self.had_begun = True
 
 
 class WorkerProcess:
@@ -130,7 +131,7 @@ class WorkerProcess:
         """Values of each call, or why there are none, as they come.
 
         `places` are those of the items that the calls judge, ascending. WorkerLost at the call that
-        ended the worker.
+        ended the worker, or before the first, if it died before it had the items.
         """
         local = {place: number for number, place in enumerate(places)}
         request = {
@@ -139,8 +140,12 @@ class WorkerProcess:
         }
         # Unless a worker took the items up, nobody knows what the next one would read.
         self._can_go_on = self._has_taken = False
-        self._send(messages.encode(request), TAKE_UP_SECONDS)
-        self._answer(TAKE_UP_SECONDS)
+        try:
+            self._send(messages.encode(request), TAKE_UP_SECONDS)
+            self._answer(TAKE_UP_SECONDS)
+        except WorkerLost as lost:
+            lost.had_begun = False
+            raise
         for _ in calls:
             values, error = self._answer(self._deadline_seconds + GRACE_SECONDS)
             yield values, error

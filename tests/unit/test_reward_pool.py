@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import nested_reft_mcore
@@ -120,14 +122,14 @@ def test_the_deadline_holds_for_each_item(completion):
     assert 2 * DEADLINE <= elapsed < 2 * DEADLINE + 15
 
 
-def test_a_stopped_worker_is_given_up(monkeypatch):
+def test_a_worker_that_takes_nothing_up_is_replaced(monkeypatch):
     monkeypatch.setattr("nested_reft_mcore.rewards.worker_process.TAKE_UP_SECONDS", 0.5)
     with RewardPool("hostile_reward:reward", deadline_seconds=0.5) as pool:
         pool.score(items("warm"))
         os.kill(pool.worker_pids[0], signal.SIGSTOP)
-        stopped, after = pool.score(items("a", "bb"))
-    assert stopped.timed_out
-    assert (after.value, pool.timeouts) == (2.0, 1)
+        results = pool.score(items("a", "bb"))
+    assert [result.value for result in results] == [1.0, 2.0]
+    assert (pool.replacements, pool.timeouts) == (1, 0)
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -175,6 +177,22 @@ def test_a_worker_that_died_between_batches_costs_nothing():
         os.kill(pid, signal.SIGKILL)
         assert wait_until_gone([pid], 10) == []
         assert pool.score(items("a"))[0].value == 1.0
+    assert pool.errors == 0
+
+
+def test_a_death_that_the_pool_has_not_heard_of_costs_nothing():
+    with RewardPool("hostile_reward:reward", deadline_seconds=30) as pool:
+        pool.score(items("warm"))
+        (pid,) = pool.worker_pids
+        teller = psutil.Process(pid).parent()
+        assert teller is not None
+        teller.suspend()
+        os.kill(pid, signal.SIGKILL)
+        later = threading.Timer(0.3, teller.resume)
+        later.start()
+        assert pool.score(items("a"))[0].value == 1.0
+        later.join()
+        assert pool.worker_pids != (pid,)
     assert pool.errors == 0
 
 
