@@ -75,7 +75,10 @@ def test_keys_look_into_objects_and_lists(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"{}"), "is a gzip file; expected JSON lines, JSON or CSV: unpack it with"),
+        (
+            gzip.compress(b"{}", mtime=0),
+            "is a gzip file; expected JSON lines, JSON or CSV: unpack it with",
+        ),
         (b"PAR1....", "is a parquet file; .* say format: parquet"),
         ('{"prompt": 1}'.encode("utf-16"), "is UTF-16 text; .* save it as UTF-8"),
         (b"\x80\x04\x95\0\0", "is a binary file"),
