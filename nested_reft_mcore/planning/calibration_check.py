@@ -107,7 +107,19 @@ class Ranking:
     """How many times as long a step of the other one takes: the median step, but the mean one where
     the law differs, for a law's plans may cost this much in one step and that much in the next."""
     predicted: float
+    noise: float
+    """Deviation of the logarithm of `measured`, from the scatter of the steps."""
     verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Together:
+    """All pairs of a kind, by the geometric mean of their ratios."""
+
+    measured: float
+    noise: float
+    """Deviation of its logarithm; right where no two pairs share a point."""
+    predicted: float
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,17 @@ class Check:
     def worst(self) -> Row:
         """The largest error."""
         return max(self.rows, key=lambda row: abs(math.log1p(row.error)))
+
+    def laws_together(self) -> Together | None:
+        """Pairs that differ in the law: each point has one law, so no two of them share one."""
+        pairs = [ranking for ranking in self.rankings if ranking.what == "law"]
+        if not pairs:
+            return None
+        return Together(
+            math.exp(statistics.fmean(math.log(pair.measured) for pair in pairs)),
+            math.hypot(*(pair.noise for pair in pairs)) / len(pairs),
+            math.exp(statistics.fmean(math.log(pair.predicted) for pair in pairs)),
+        )
 
     def count(self, what: str, verdict: Verdict) -> int:
         """Pairs of a kind with a verdict."""
@@ -231,7 +254,7 @@ def _ranking(what: str, one: Row, other: Row) -> Ranking:
         is_right = abs(predicted) > _TIE and (measured > 0) == (predicted > 0)
         verdict = "right" if is_right else "wrong"
     names = one.point.name, other.point.name
-    return Ranking(what, *names, math.exp(measured), math.exp(predicted), verdict)
+    return Ranking(what, *names, math.exp(measured), math.exp(predicted), noise, verdict)
 
 
 def _key(run: MeasuredRun) -> tuple[Any, ...]:

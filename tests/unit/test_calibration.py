@@ -127,6 +127,11 @@ def test_laws_are_ranked_by_mean_steps():
     assert (ranking.what, ranking.verdict) == ("law", "right")
     assert ranking.measured == pytest.approx(ranking.predicted, rel=0.01)
     assert ranking.predicted > 1.01
+    together = found.laws_together()
+    assert together is not None
+    assert (together.measured, together.predicted) == (ranking.measured, ranking.predicted)
+    assert together.noise == ranking.noise > 0
+    assert "uniform steps are 1.0" in check_tables("plan", found)
 
 
 def test_runs_that_differ_in_the_seed_are_one_point():
