@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -109,9 +110,9 @@ def checks_of(
     kept: Sequence[Point], held: Sequence[Point], profile: HardwareProfile, simulated: bool
 ) -> dict[str, Check]:
     """The check of `plan`, and of `simulate` where that is wanted."""
-    found = {"plan": check(held, kept, lambda point: predicted_seconds(point, profile))}
+    found = {"plan": check(held, kept, partial(predicted_seconds, profile))}
     if simulated:
-        found["simulate"] = check(held, kept, lambda point: simulated_seconds(point, profile))
+        found["simulate"] = check(held, kept, partial(simulated_seconds, profile))
     return found
 
 

@@ -345,6 +345,8 @@ def place_of(page: Path, name: str) -> re.Match[str]:
     """Where a study's table belongs. UserError where its marks are missing."""
     marks = f"<!-- simulated: {name} -->", f"<!-- end of {name} -->"
     pattern = re.compile(f"({re.escape(marks[0])}\n).*?({re.escape(marks[1])})", re.DOTALL)
+    if not page.is_file():
+        raise UserError(f"--page {page}: not found; expected a page such as docs/scaling.md")
     found = pattern.search(page.read_text(encoding="utf-8"))
     if found is None:
         raise UserError(f"{page}: expected the marks {marks[0]} and {marks[1]}")

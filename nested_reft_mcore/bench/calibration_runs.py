@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from nested_reft_mcore.observability.tracking import METRICS_FILE
 from nested_reft_mcore.planning.calibration_check import Point
 from nested_reft_mcore.planning.hardware import HardwareProfile
 from nested_reft_mcore.planning.lengths import read_lengths
-from nested_reft_mcore.planning.measured_run import PARTS, MeasuredRun, measured_run
+from nested_reft_mcore.planning.measured_run import PARTS, Average, MeasuredRun, measured_run
 from nested_reft_mcore.report.run_record import CONFIG_FILE, RunRecord, read_runs
 from nested_reft_mcore.simulation.simulate import Scenario, simulate
 
@@ -55,11 +54,11 @@ def find_runs(paths: Sequence[Path], say: Callable[[str], None] = print) -> list
     return found
 
 
-def simulated_seconds(point: Point, profile: HardwareProfile) -> dict[str, float]:
-    """Seconds of each part of a point's step, by `simulate`: medians over steps and runs."""
+def simulated_seconds(profile: HardwareProfile, point: Point, average: Average) -> dict[str, float]:
+    """Seconds of each part of a point's step, by `simulate`: averages over steps and runs."""
     steps = [step for run in point.runs for step in _simulated_steps(run, profile)]
     return {
-        part: statistics.median(sum(step[name] for name in names) for step in steps)
+        part: average([sum(step[name] for name in names) for step in steps])
         for part, names in _SIMULATED.items()
         if part in PARTS
     }

@@ -73,7 +73,7 @@ def draft_profile(results: HardwareResults) -> ProfileDraft:
     """The profile of what was measured, and of what the built-in one nearest to it says."""
     base = BUILT_IN[nearest_built_in(results.device_name)]
     fields = [*_compute(results, base), *_bandwidths(results, base), *_machine(results)]
-    kept = [entry.key for entry in fields if not entry.is_measured]
+    kept = [entry.key for entry in fields if f"value of {base.name}" in entry.note]
     fields.append(Entry("source", _source(results, base, kept), ""))
     return ProfileDraft(tuple(fields), _assumptions(results))
 
@@ -115,7 +115,11 @@ def _compute(results: HardwareResults, base: HardwareProfile) -> list[Entry]:
     entries = []
     for key, dtype in (("peak_tflops", "bfloat16"), ("peak_tflops_float32", "float32")):
         peak = _peak(results, dtype)
-        if peak is None:
+        other = _peak(results, "float32")
+        if peak is None and results.device == "cpu" and other is not None:
+            note = f"NOT MEASURED ({dtype} was left out): that of float32"
+            entries.append(Entry(key, _short(other / _TERA), note, is_measured=False))
+        elif peak is None:
             entries.append(_kept(key, base, f"{dtype} was left out"))
         else:
             note = f"{dtype}, the fastest product"
@@ -174,6 +178,8 @@ def _source(results: HardwareResults, base: HardwareProfile, kept: Sequence[str]
         f"bench hardware on {results.device_name}, {results.processes} processes of "
         f"{results.threads} threads, {results.environment.get('time', '')}"
     )
+    if results.quick:
+        text += "; --quick, at sizes that measure little"
     return f"{text}; not measured, of {base.name}: {', '.join(kept)}" if kept else text
 
 

@@ -41,6 +41,8 @@ class HardwareResults:
     """None with one process on the node."""
     links: tuple[LinkRate, ...]
     environment: dict[str, Any]
+    quick: bool = False
+    """Taken at tiny sizes, which measure little."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -98,6 +98,7 @@ def _measure(options: BenchHardwareOptions, context: ParallelContext) -> Hardwar
         sharing=sharing,
         links=tuple(links),
         environment=environment,
+        quick=options.quick,
     )
 
 

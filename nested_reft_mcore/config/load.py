@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, cast, get_args, get_origin
 
@@ -101,14 +101,20 @@ def section_from_dict(
         # JSON is the strict form that still takes lists for tuples and integers for floats.
         return section.model_validate_json(json.dumps(data, allow_nan=False), strict=True)
     except ValidationError as error:
-        problems = [
-            _explain(section, dict(problem), source, sources or {}) for problem in error.errors()
-        ]
+        found = _first_causes(dict(problem) for problem in error.errors())
+        problems = [_explain(section, problem, source, sources or {}) for problem in found]
         raise UserError("\n".join(problems)) from None
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{source}: a value is neither number, text, list nor section: {error}"
         ) from None
+
+
+def _first_causes(problems: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without lists that are too short because their items are wrong."""
+    found = list(problems)
+    owners = {problem["loc"][:-1] for problem in found}
+    return [p for p in found if p["type"] != "too_short" or p["loc"] not in owners]
 
 
 def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:

@@ -130,6 +130,21 @@ class RolloutConfig(Section):
     """Run directory whose dumped rollouts are used instead of generating."""
 
 
+Correction = Literal[
+    "practical",
+    "base",
+    "retrace",
+    "retrace_cumulative",
+    "trajectory",
+    "sequence",
+    "prefix",
+    "tis",
+    "token",
+    "icepop",
+    "geometric",
+]
+
+
 class AlgorithmConfig(Section):
     """Advantages, off-policy correction and objective; docs/algorithm.md has the formulas."""
 
@@ -139,19 +154,7 @@ class AlgorithmConfig(Section):
     """Dynamic sampling: drop groups with equal rewards and generate for further prompts."""
     max_refills: int = Field(default=3, ge=0)
     """Dynamic sampling: most further generations in a step."""
-    rollout_is: Literal[
-        "practical",
-        "base",
-        "retrace",
-        "retrace_cumulative",
-        "trajectory",
-        "sequence",
-        "prefix",
-        "tis",
-        "token",
-        "icepop",
-        "geometric",
-    ] = "practical"
+    rollout_is: Correction = "practical"
     """Correction; `token` and `sequence` are verl's, for `tis` and a truncated `trajectory`."""
     rollout_is_threshold: float | str | None = None
     """Largest weight, or "low_high"; left out: 2 for `tis` and `sequence`, "0.5_5" for `icepop`."""

@@ -12,11 +12,12 @@ from typing import Any, Literal
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.nested import num_skipped
 from nested_reft_mcore.planning.hardware import HardwareProfile
-from nested_reft_mcore.planning.measured_run import PARTS, MeasuredRun
+from nested_reft_mcore.planning.measured_run import PARTS, Average, MeasuredRun
 
 Verdict = Literal["right", "wrong", "indistinguishable"]
 _NOISES = 2.0
 """Differences of fewer deviations than this are noise."""
+_MEDIAN_NOISE = 1.2533
 _TIE = 0.005
 """Predictions that differ by less, as a logarithm, say that two are equally fast."""
 
@@ -47,15 +48,25 @@ class Point:
         return statistics.median(step.total for run in self.runs for step in run.steps)
 
     @property
+    def mean_step_seconds(self) -> float:
+        """Mean over all steps of all runs."""
+        return statistics.fmean(step.total for run in self.runs for step in run.steps)
+
+    @property
     def noise(self) -> float:
         """Deviation of the logarithm of `step_seconds`, from the scatter of the steps.
 
         A median of n normal numbers deviates by 1.25 / sqrt(n) of theirs.
         """
+        return _MEDIAN_NOISE * self.mean_noise
+
+    @property
+    def mean_noise(self) -> float:
+        """The same of `mean_step_seconds`."""
         logs = [math.log(step.total) for run in self.runs for step in run.steps]
         if len(logs) < 2:
             return 0.0
-        return 1.2533 * statistics.stdev(logs) / math.sqrt(len(logs))
+        return statistics.stdev(logs) / math.sqrt(len(logs))
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Row:
     point: Point
     predicted: dict[str, float]
     """Seconds of each part."""
+    predicted_mean_step: float
+    """Seconds of the step, the mean over the plans that the runs had."""
 
     @property
     def predicted_step(self) -> float:
@@ -91,9 +104,22 @@ class Ranking:
     one: str
     other: str
     measured: float
-    """How many times as long a step of the other one takes."""
+    """How many times as long a step of the other one takes: the median step, but the mean one where
+    the law differs, for a law's plans may cost this much in one step and that much in the next."""
     predicted: float
+    noise: float
+    """Deviation of the logarithm of `measured`, from the scatter of the steps."""
     verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Together:
+    """All pairs of a kind, by the geometric mean of their ratios."""
+
+    measured: float
+    noise: float
+    """Deviation of its logarithm; right where no two pairs share a point."""
+    predicted: float
 
 
 @dataclass(frozen=True)
@@ -117,6 +143,17 @@ class Check:
     def worst(self) -> Row:
         """The largest error."""
         return max(self.rows, key=lambda row: abs(math.log1p(row.error)))
+
+    def laws_together(self) -> Together | None:
+        """Pairs that differ in the law: each point has one law, so no two of them share one."""
+        pairs = [ranking for ranking in self.rankings if ranking.what == "law"]
+        if not pairs:
+            return None
+        return Together(
+            math.exp(statistics.fmean(math.log(pair.measured) for pair in pairs)),
+            math.hypot(*(pair.noise for pair in pairs)) / len(pairs),
+            math.exp(statistics.fmean(math.log(pair.predicted) for pair in pairs)),
+        )
 
     def count(self, what: str, verdict: Verdict) -> int:
         """Pairs of a kind with a verdict."""
@@ -157,24 +194,30 @@ def split_by_name(
     return kept, held
 
 
-def predicted_seconds(point: Point, profile: HardwareProfile) -> dict[str, float]:
-    """Median over its runs, part by part, by the model of `plan`."""
-    times = [run.predict(profile) for run in point.runs]
-    return {part: statistics.median(getattr(time, part) for time in times) for part in PARTS}
+def predicted_seconds(profile: HardwareProfile, point: Point, average: Average) -> dict[str, float]:
+    """Average over its runs, part by part, by the model of `plan`."""
+    times = [run.predict(profile, average) for run in point.runs]
+    return {part: average([getattr(time, part) for time in times]) for part in PARTS}
 
 
 def check(
-    held: Sequence[Point], kept: Sequence[Point], predict: Callable[[Point], dict[str, float]]
+    held: Sequence[Point],
+    kept: Sequence[Point],
+    predict: Callable[[Point, Average], dict[str, float]],
 ) -> Check:
     """Compare predictions with what was measured.
 
     Args:
         held: Points that the profile has not seen: they are the rows.
         kept: Those that it was calibrated on: the other one of some pairs.
-        predict: Seconds of each part of a point's step.
+        predict: Seconds of each part of a point's step, averaged as asked.
     """
-    rows = [Row(point, predict(point)) for point in held]
-    seen = [Row(point, predict(point)) for point in kept]
+
+    def row(point: Point) -> Row:
+        mean = math.fsum(predict(point, statistics.fmean).values())
+        return Row(point, predict(point, statistics.median), mean)
+
+    rows, seen = [row(point) for point in held], [row(point) for point in kept]
     return Check(tuple(rows), tuple(_rankings(rows, seen)))
 
 
@@ -197,16 +240,21 @@ def _difference(one: Point, other: Point) -> str | None:
 
 
 def _ranking(what: str, one: Row, other: Row) -> Ranking:
-    measured = math.log(other.point.step_seconds / one.point.step_seconds)
-    predicted = math.log(other.predicted_step / one.predicted_step)
-    noise = math.hypot(one.point.noise, other.point.noise)
+    if what == "law":
+        measured = math.log(other.point.mean_step_seconds / one.point.mean_step_seconds)
+        predicted = math.log(other.predicted_mean_step / one.predicted_mean_step)
+        noise = math.hypot(one.point.mean_noise, other.point.mean_noise)
+    else:
+        measured = math.log(other.point.step_seconds / one.point.step_seconds)
+        predicted = math.log(other.predicted_step / one.predicted_step)
+        noise = math.hypot(one.point.noise, other.point.noise)
     if abs(measured) <= _NOISES * noise:
         verdict: Verdict = "indistinguishable"
     else:
         is_right = abs(predicted) > _TIE and (measured > 0) == (predicted > 0)
         verdict = "right" if is_right else "wrong"
     names = one.point.name, other.point.name
-    return Ranking(what, *names, math.exp(measured), math.exp(predicted), verdict)
+    return Ranking(what, *names, math.exp(measured), math.exp(predicted), noise, verdict)
 
 
 def _key(run: MeasuredRun) -> tuple[Any, ...]:

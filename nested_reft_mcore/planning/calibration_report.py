@@ -78,6 +78,7 @@ def check_record(check: Check) -> dict[str, Any]:
                 "other": ranking.other,
                 "measured": ranking.measured,
                 "predicted": ranking.predicted,
+                "noise": ranking.noise,
                 "verdict": ranking.verdict,
             }
             for ranking in check.rankings
@@ -115,6 +116,12 @@ def _ranking_lines(check: Check) -> list[str]:
         for r in check.rankings
         if r.verdict == "wrong"
     ]
+    laws = check.laws_together()
+    if laws is not None:
+        missed.append(
+            f"laws, all pairs together: uniform steps are {laws.measured:.3f} times as long "
+            f"({2 * laws.noise:.1%} either way), predicted {laws.predicted:.3f}"
+        )
     return [_table(rows), *missed]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,8 @@ _TOKENS = "perf/total_num_tokens"
 _RESPONSE_SPREAD = 0.7
 
 Step = Mapping[str, float | None]
+Average = Callable[[Sequence[float]], float]
+"""The mean, or the median."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,11 @@ class MeasuredRun:
         args = (self.config, self.layout, self.workload, hardware, slots)
         return StepModel(*args, self.expected)
 
-    def predict(self, hardware: HardwareProfile) -> StepTime:
-        """Seconds of its steps: generation is the median over the plans that they had."""
+    def predict(self, hardware: HardwareProfile, average: Average = statistics.median) -> StepTime:
+        """Seconds of its steps: generation is the average over the plans that they had."""
         model = self.model(hardware)
         times = [model.decode.seconds(plan) for plan, n in self.plans.items() for _ in range(n)]
-        return model.step_with(statistics.median(times))
+        return model.step_with(average(times))
 
 
 def measured_run(

@@ -12,6 +12,7 @@ from pydantic import Field
 from nested_reft_mcore.config.base import Section
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import section_from_dict
+from nested_reft_mcore.config.schema import Correction
 from nested_reft_mcore.config.yaml_reader import read_yaml
 
 NAME = "^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
@@ -107,7 +108,7 @@ class StudyFile(Section):
     """Shares of layers that rollouts skip; others are compared with 0, full depth."""
     laws: tuple[Law, ...] = Field(default=("uniform",), min_length=1)
     """Which layers are skipped; the first one where it makes no difference."""
-    corrections: tuple[str, ...] = Field(default=("practical",), min_length=1)
+    corrections: tuple[Correction, ...] = Field(default=("practical",), min_length=1)
     """Values of `algorithm.rollout_is`; the first one where nothing is skipped."""
     layouts: tuple[LayoutSection, ...] = Field(default=(LayoutSection(),), min_length=1)
     """Parallel layouts."""

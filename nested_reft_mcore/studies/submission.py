@@ -57,6 +57,8 @@ def submit(
     missing = sorted({run.missing for run in runs if run.missing})
     if missing and not dry_run:
         raise UserError(f"submit: not found: {', '.join(missing)}; get the models first")
+    for name in missing:
+        print(f"not found: {name}; without it `submit` refuses")
     arrays = _arrays(runs, predictions, cluster, _due(grid, runs, predictions, retry, dry_run))
     if not arrays:
         print("nothing to submit: every run is finished, under way, broken, or does not fit")

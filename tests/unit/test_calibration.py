@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from nested_reft_mcore.planning.calibration_report import (
 from nested_reft_mcore.planning.hardware import HardwareProfile, load_hardware
 from nested_reft_mcore.planning.hardware_file import profile_yaml
 from nested_reft_mcore.planning.least_squares import least_squares
-from nested_reft_mcore.planning.measured_run import MeasuredRun
+from nested_reft_mcore.planning.measured_run import Average, MeasuredRun
 
 NOISE = 0.02
 
@@ -74,12 +75,12 @@ def test_a_half_predicts_the_other(runs: list[MeasuredRun]):
     assert not {p.name for p in kept} & {p.name for p in held}
     assert len(kept) + len(held) == len(runs)
     fitted = calibrate([run for point in kept for run in point.runs], START, "half").profile
-    found = check(held, kept, lambda point: predicted_seconds(point, fitted))
+    found = check(held, kept, partial(predicted_seconds, fitted))
     assert found.median_error < 0.03
     assert abs(found.worst.error) < 0.12
     assert found.count("layout", "right") > 0
     assert found.count("layout", "wrong") == 0
-    untouched = check(held, kept, lambda point: predicted_seconds(point, START))
+    untouched = check(held, kept, partial(predicted_seconds, START))
     assert untouched.median_error > 0.3
     text = check_tables("plan", found)
     assert all(point.name in text for point in held)
@@ -90,7 +91,7 @@ def test_sizes_held_out_are_predicted(runs: list[MeasuredRun]):
     kept, held = split_by_name(points_of(runs), [f"{SIZES[-1][0]}.*"])
     assert {point.name.split(".")[0] for point in held} == {str(SIZES[-1][0])}
     fitted = calibrate([run for point in kept for run in point.runs], START, "sizes").profile
-    found = check(held, kept, lambda point: predicted_seconds(point, fitted))
+    found = check(held, kept, partial(predicted_seconds, fitted))
     assert found.median_error < 0.1
     with pytest.raises(UserError, match=r"--hold-out 9B\*"):
         split_by_name(points_of(runs), ["9B*"])
@@ -100,20 +101,37 @@ def test_a_wrong_ranking_is_counted_as_wrong(runs: list[MeasuredRun]):
     """Predicted backwards, what is right becomes wrong; what is noise stays noise."""
     points = points_of(runs)
 
-    def forward(point: Point) -> dict[str, float]:
-        return predicted_seconds(point, TRUTH)
-
-    def backward(point: Point) -> dict[str, float]:
-        return {part: 1 / max(value, 1e-9) for part, value in forward(point).items() if value} | {
+    def backward(point: Point, average: Average) -> dict[str, float]:
+        seconds = predicted_seconds(TRUTH, point, average)
+        return {part: 1 / max(value, 1e-9) for part, value in seconds.items() if value} | {
             "logprobs": 0.0
         }
 
-    right, wrong = check(points, [], forward), check(points, [], backward)
+    right, wrong = check(points, [], partial(predicted_seconds, TRUTH)), check(points, [], backward)
     assert right.count("layout", "right") > 3
     assert wrong.count("layout", "wrong") > 0
     for what in ("layout", "law"):
         same = (right.count(what, "indistinguishable"), wrong.count(what, "indistinguishable"))
         assert same[0] == same[1]
+
+
+def test_laws_are_ranked_by_mean_steps():
+    """Of two skipped layers most random plans take one from each stage: the median step is even."""
+    laws = ("stage_balanced", "uniform")
+    options = {law: overrides(SIZES[2], 2, 2, law, 0) for law in laws}
+    runs = [made_run(law, *options[law], noise=0.002, num_steps=33) for law in laws]
+    found = check(points_of(runs), [], partial(predicted_seconds, TRUTH))
+    balanced, uniform = found.rows
+    assert uniform.predicted_step == pytest.approx(balanced.predicted_step, rel=1e-3)
+    (ranking,) = found.rankings
+    assert (ranking.what, ranking.verdict) == ("law", "right")
+    assert ranking.measured == pytest.approx(ranking.predicted, rel=0.01)
+    assert ranking.predicted > 1.01
+    together = found.laws_together()
+    assert together is not None
+    assert (together.measured, together.predicted) == (ranking.measured, ranking.predicted)
+    assert together.noise == ranking.noise > 0
+    assert "uniform steps are 1.0" in check_tables("plan", found)
 
 
 def test_runs_that_differ_in_the_seed_are_one_point():

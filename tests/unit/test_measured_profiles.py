@@ -92,7 +92,14 @@ def test_what_was_not_measured_is_a_built_in_value_and_says_so():
     line = next(row for row in text.splitlines() if row.startswith("network_gb_per_s"))
     assert "NOT MEASURED (one node): the built-in value of h100" in line
     # Other files that are made of this one say it too.
-    assert "not measured, of h100: peak_tflops, network_gb_per_s" in draft.profile("x").source
+    assert "not measured, of h100: network_gb_per_s" in draft.profile("x").source
+    line = next(row for row in text.splitlines() if row.startswith("peak_tflops:"))
+    assert "0.1 " in line
+    assert "NOT MEASURED (bfloat16 was left out): that of float32" in line
+    assert "--quick" not in text
+    assert "--quick, at sizes that measure little" in draft_profile(results(quick=True)).to_yaml(
+        "x"
+    )
     told = hardware_report(results(), draft)
     assert "network_gb_per_s 50: NOT MEASURED" in told
     alone = results(processes=1, sharing=None, links=())

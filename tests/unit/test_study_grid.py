@@ -138,7 +138,8 @@ def test_weak_scaling_needs_a_name_of_its_own(tmp_path: Path) -> None:
         ({"exclude": [{"size": "tiny"}]}, "`exclude` leaves out all"),
         ({"seeds": [1, 1]}, "`seeds`: 1 is named twice"),
         ({"sizes": {"a/b": {}}}, "String should match pattern|a/b"),
-        ({"corrections": ["magic"]}, "magic"),
+        ({"corrections": ["magic"]}, r"study\.yaml:\d+: `corrections\.0`: expected 'practical'"),
+        ({"laws": ["magic"]}, r"^[^\n]*study\.yaml:\d+: `laws\.0`: expected 'uniform'[^\n]*$"),
         ({"layouts": [{"pp": 16}]}, "no run is left of the grid; such as tiny.skip_0.tp1_pp16"),
         ({"sizes": {"tiny": {"hf": "a", "checkpoint": "b"}}}, "hf and checkpoint are both set"),
     ],
@@ -187,6 +188,7 @@ def test_plan_predicts_and_strikes(tmp_path: Path) -> None:
     text = plan_text(grid, predictions, cluster)
     assert "STRUCK: update: stage 0 needs" in text
     assert "STRUCK: needs 4 GPUs; 1 x 2 are there" in text
+    assert "skip_ratios has no 0" not in text
     record = plan_record(grid, predictions, cluster)
     assert len(record["runs"]) == len(grid.runs)
     more = cluster_of(grid.study.cluster, grid.path, nodes=2)
@@ -202,6 +204,12 @@ def test_a_model_that_is_not_there_is_planned_by_the_shape_in_the_file(tmp_path:
     # What is run names the weights all the same.
     assert f'model.hf_path="{tmp_path / "nowhere"}"' in run.words
     assert "model.architecture=null" in run.words
+
+
+def test_a_grid_without_full_depth_is_told(tmp_path: Path) -> None:
+    grid = grid_in(tmp_path, skip_ratios=[0.25])
+    cluster = cluster_of(grid.study.cluster, grid.path)
+    assert "skip_ratios has no 0" in plan_text(grid, predict(grid.runs, cluster), cluster)
 
 
 def test_only_by_parts_of_names(tmp_path: Path) -> None:
