@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 AdvantageMethod = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"]
@@ -55,6 +55,12 @@ def group_relative_advantages(
     squares = _per_group(deviation.square(), group, num_groups, "sum")
     std = (squares / (size - 1).clamp(min=1)).sqrt()
     return (deviation / (std[group] + epsilon)).to(rewards.dtype)
+
+
+def equal_groups(rewards: Float[Tensor, " batch"], group_size: int) -> Bool[Tensor, " batch"]:
+    """Whether a completion's whole group has one reward, and so nothing to prefer."""
+    groups = rewards.view(-1, group_size)
+    return (groups == groups[:, :1]).all(dim=1).repeat_interleave(group_size)
 
 
 def _group_index(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -28,8 +28,10 @@ from nested_reft_mcore.analysis.exact_gradients import (
     batch_moments,
     dot,
     group_moments,
+    moments_by_size,
     policy_gradient,
 )
+from nested_reft_mcore.analysis.group_batches import GroupBatch, group_batch_moments
 from nested_reft_mcore.analysis.sequence_space import SequenceSpace
 from nested_reft_mcore.analysis.toy_policy import ToyPolicy
 
@@ -43,7 +45,12 @@ GROUP_SIZES = (2, 3)
 GROUP_SPACE = SequenceSpace(vocabulary=3, max_length=3)
 """Small, for groups of three of its completions are enumerated."""
 COMPARED = ("practical", "trajectory")
-"""Corrections of the tables of denominators and groups."""
+"""Corrections of the tables of denominators, groups and batches of groups."""
+BATCH_ADVANTAGES: tuple[AdvantageMethod, ...] = ("rloo", "grpo", "reinforce_plus_plus_baseline")
+NUM_GROUPS = 3
+"""Groups in the batches of the last table."""
+MAX_REFILLS = 3
+"""Of `filter_groups`; what `algorithm.max_refills` is where it is left out."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Point:
     gradient's, squares to its square."""
 
     table: str
-    """`estimator`, `denominator` or `group`."""
+    """`estimator`, `denominator`, `group` or `batch`."""
     section: str
     name: str
     num_skipped: int
@@ -98,7 +105,7 @@ class Point:
     cosine: float
     """Between the mean and the on-policy gradient; mean over behavior policies."""
     variance: float
-    """Trace of the covariance of one sample's gradient (one completion, or one group)."""
+    """Trace of the covariance of one sample's gradient (a completion, a group, or groups)."""
     squared_error: dict[int, float]
     """By batch size: mean squared error."""
     scaled_error: dict[int, float]
@@ -135,7 +142,7 @@ class Atlas:
 
 
 def make_atlas(settings: AtlasSettings) -> Atlas:
-    """Enumerate everything; some 20 seconds with the defaults on one core."""
+    """Enumerate everything; a minute or two with the defaults on one core."""
     seeds, space = range(settings.num_seeds), settings.space
     scenes = [_Scene.make(settings, space, space.verifiable_rewards(), seed) for seed in seeds]
     # With binary rewards every mixed group of two or three has the same deviation, and GRPO's
@@ -149,6 +156,7 @@ def make_atlas(settings: AtlasSettings) -> Atlas:
             *_estimator_points(scenes, num_skipped, settings.batch_sizes),
             *_denominator_points(scenes, num_skipped, settings.batch_sizes),
             *_group_points(small, num_skipped),
+            *_batch_points(small, num_skipped),
         )
     ]
     return Atlas(settings, [_distance(scenes, k) for k in settings.skipped], points)
@@ -254,23 +262,30 @@ def _estimator_moments(
 def _denominator_points(
     scenes: Sequence[_Scene], k: int, batch_sizes: Sequence[int]
 ) -> Iterator[Point]:
-    for mode, correction in itertools.product(AGGREGATIONS, COMPARED):
+    for masked, mode, correction in itertools.product((False, True), AGGREGATIONS, COMPARED):
         settings = ObjectiveSettings(
             correction=correction,
             loss_agg_mode=mode,
             max_response_length=scenes[0].space.max_length,
         )
-        moments_of = partial(_denominator_moments, settings, batch_sizes)
-        yield _point(scenes, "denominator", mode, correction, k, moments_of)
+        moments_of = partial(_denominator_moments, settings, masked, batch_sizes)
+        section = f"{mode}, mask_truncated" if masked else mode
+        yield _point(scenes, "denominator", section, correction, k, moments_of)
 
 
 def _denominator_moments(
-    settings: ObjectiveSettings, batch_sizes: Sequence[int], scene: _Scene, sampling: Sampling
+    settings: ObjectiveSettings,
+    masked: bool,
+    batch_sizes: Sequence[int],
+    scene: _Scene,
+    sampling: Sampling,
 ) -> tuple[Moments, dict[int, Moments]]:
-    found = {
-        size: batch_moments(sampling, settings, scene.centred(sampling), size, scene.gram)
-        for size in {1, *batch_sizes}
-    }
+    # What is cut off still counts in the mean reward that the others are judged by.
+    advantages = scene.centred(sampling)
+    if masked:
+        sampling = replace(sampling, left_out=scene.space.truncated)
+    sizes = {1, *batch_sizes}
+    found = moments_by_size(sampling, settings, advantages, sizes, scene.gram)
     return found[1], {size: found[size] for size in batch_sizes}
 
 
@@ -283,14 +298,36 @@ def _group_points(scenes: Sequence[_Scene], k: int) -> Iterator[Point]:
 def _group_moments(
     method: AdvantageMethod, size: int, correction: str, scene: _Scene, sampling: Sampling
 ) -> tuple[Moments, dict[int, Moments]]:
-    settings = ObjectiveSettings(
+    settings = _constant_denominator(correction, scene)
+    advantages_of = partial(group_relative_advantages, method=method, group_size=size)
+    one = group_moments(sampling, settings, advantages_of, scene.rewards, size, scene.gram)
+    return one, {}
+
+
+def _batch_points(scenes: Sequence[_Scene], k: int) -> Iterator[Point]:
+    refills: tuple[int | None, ...] = (None, MAX_REFILLS)
+    for method, size, limit, correction in itertools.product(
+        BATCH_ADVANTAGES, GROUP_SIZES, refills, COMPARED
+    ):
+        batch = GroupBatch(method, size, NUM_GROUPS, limit)
+        moments_of = partial(_batch_moments, batch, correction)
+        section = f"{method}, {size} a group" + ("" if limit is None else ", filter_groups")
+        yield _point(scenes, "batch", section, correction, k, moments_of)
+
+
+def _batch_moments(
+    batch: GroupBatch, correction: str, scene: _Scene, sampling: Sampling
+) -> tuple[Moments, dict[int, Moments]]:
+    settings = _constant_denominator(correction, scene)
+    return group_batch_moments(sampling, settings, batch, scene.rewards, scene.gram), {}
+
+
+def _constant_denominator(correction: str, scene: _Scene) -> ObjectiveSettings:
+    return ObjectiveSettings(
         correction=correction,
         loss_agg_mode="seq-mean-token-sum-norm",
         max_response_length=scene.space.max_length,
     )
-    advantages_of = partial(group_relative_advantages, method=method, group_size=size)
-    one = group_moments(sampling, settings, advantages_of, scene.rewards, size, scene.gram)
-    return one, {}
 
 
 def _distance(scenes: Sequence[_Scene], k: int) -> Distance:

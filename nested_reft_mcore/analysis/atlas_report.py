@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nested_reft_mcore.analysis.atlas import Atlas, Point
+from nested_reft_mcore.analysis.atlas import NUM_GROUPS, Atlas, Point
 
 _PLOTTED_SAMPLES = 256
 
@@ -24,11 +24,16 @@ def atlas_record(atlas: Atlas) -> dict[str, Any]:
 
 def atlas_tables(atlas: Atlas) -> str:
     """All tables, in Markdown that reads in a terminal too."""
+    rows = atlas.select("estimator")
     parts = [
         ("How far off-policy", _distance_table(atlas)),
         (
             "Bias and cosine of the mean gradient; variance of one completion's",
-            _estimator_table(atlas),
+            _estimator_table([p for p in rows if p.section != "sampling"], atlas),
+        ),
+        (
+            "The same under other sampling",
+            _estimator_table([p for p in rows if p.section == "sampling"], atlas),
         ),
         ("Least mean squared error", _best_table(atlas, "squared_error")),
         ("Least error up to scale", _best_table(atlas, "scaled_error")),
@@ -38,7 +43,11 @@ def atlas_tables(atlas: Atlas) -> str:
         ),
         (
             "Groups as batches of their own: bias and cosine, graded rewards",
-            _group_table(atlas),
+            _group_table(atlas, "group"),
+        ),
+        (
+            f"Batches of {NUM_GROUPS} groups: bias and cosine, graded rewards",
+            _group_table(atlas, "batch"),
         ),
     ]
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts) + "\n"
@@ -127,9 +136,9 @@ def _distance_table(atlas: Atlas) -> str:
     return _markdown(("skipped", "KL a token", "ESS, tokens", "ESS, completions", "TV"), rows)
 
 
-def _estimator_table(atlas: Atlas) -> str:
+def _estimator_table(shown: Sequence[Point], atlas: Atlas) -> str:
     rows, section = [], ""
-    for name, points in _by_name(atlas.select("estimator")).items():
+    for name, points in _by_name(shown).items():
         if points[0].section != section:
             section = points[0].section
             rows.append((f"**{_SECTION_TITLES[section]}**", *[""] * len(points)))
@@ -166,10 +175,10 @@ def _denominator_table(atlas: Atlas) -> str:
     )
 
 
-def _group_table(atlas: Atlas) -> str:
+def _group_table(atlas: Atlas, table: str) -> str:
     rows = [
         (name, *(f"{_number(p.bias)} / {p.cosine:.3f} / {_number(p.variance)}" for p in points))
-        for name, points in _by_name(atlas.select("group"), with_section=True).items()
+        for name, points in _by_name(atlas.select(table), with_section=True).items()
     ]
     return _markdown(("bias / cosine / variance", *_depths(atlas)), rows)
 
@@ -205,7 +214,8 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 _SECTION_TITLES = {
     "correction": "corrections",
+    "lambda": "traces with lambda below 1",
     "rejection": "rejections, on top of practical",
     "objective": "clipped ratios, bypass mode, first step",
-    "sampling": "trajectory, other sampling",
+    "sampling": "corrections, other sampling",
 }

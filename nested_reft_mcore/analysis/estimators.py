@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from nested_reft_mcore.algorithm.importance import CorrectionSettings
@@ -12,10 +12,12 @@ from nested_reft_mcore.algorithm.rejection import RejectionRule
 from nested_reft_mcore.analysis.exact_gradients import Sampling
 from nested_reft_mcore.analysis.toy_policy import at_temperature, truncated
 
-Section = Literal["correction", "rejection", "objective", "sampling"]
+Section = Literal["correction", "lambda", "rejection", "objective", "sampling"]
 
 TOP_P = 0.9
 TEMPERATURE = 0.8
+DAMPING = 0.9
+"""Lambda of the traces in the rows of section `lambda`."""
 THRESHOLD = 2.0
 """Upper bound of ratios in `tis`, `sequence`, `icepop` and the k1 rejections; verl's default."""
 _CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28}
@@ -56,11 +58,22 @@ def estimators(max_length: int) -> tuple[Estimator, ...]:
         )
         for name in ("ppo_clip", "cispo", "gspo")
     ]
-    whole = settings(correction="trajectory")
-    samplings = [
-        Estimator(name, "sampling", whole, sample) for name, sample in SAMPLING_ROWS.items()
+    damped = [
+        Estimator(
+            f"{name}, lambda {DAMPING:g}",
+            "lambda",
+            settings(
+                correction=name, correction_settings=CorrectionSettings(retrace_lambda=DAMPING)
+            ),
+        )
+        for name in ("retrace", "retrace_cumulative")
     ]
-    return (*corrections, *rejections, *objectives, *samplings)
+    samplings = [
+        replace(row, name=f"{row.name}, {name}", section="sampling", sample=sample)
+        for name, sample in SAMPLING_ROWS.items()
+        for row in corrections
+    ]
+    return (*corrections, *damped, *rejections, *objectives, *samplings)
 
 
 CORRECTION_ROWS: Mapping[str, tuple[str, CorrectionSettings]] = {
@@ -108,6 +121,11 @@ def _top_p_not_recorded(sampling: Sampling) -> Sampling:
     return Sampling(sampling.space, sampling.target, table, recorded=sampling.drawn_from)
 
 
+def _temperature(sampling: Sampling) -> Sampling:
+    table = at_temperature(sampling.drawn_from, TEMPERATURE)
+    return Sampling(sampling.space, sampling.target, table)
+
+
 def _temperature_not_recorded(sampling: Sampling) -> Sampling:
     table = at_temperature(sampling.drawn_from, TEMPERATURE)
     return Sampling(sampling.space, sampling.target, table, recorded=sampling.drawn_from)
@@ -117,9 +135,11 @@ SAMPLING_ROWS: Mapping[str, Callable[[Sampling], Sampling]] = {
     "top-k, all but one": _top_k,
     f"top-p {TOP_P}": _top_p,
     f"top-p {TOP_P}, not in the ratio": _top_p_not_recorded,
+    f"temperature {TEMPERATURE}": _temperature,
     f"temperature {TEMPERATURE}, not in the ratio": _temperature_not_recorded,
 }
-"""With `trajectory`: what `train` refuses, and why."""
+"""With every correction. `train` refuses top-k and top-p, and takes all log-probs at the sampling
+temperature: here the policy that is trained is the one at temperature 1."""
 
 
 def _bounds(rule: RejectionRule) -> str:

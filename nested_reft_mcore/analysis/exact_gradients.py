@@ -11,7 +11,7 @@ Gradients here point where the estimator would move the policy: they are minus t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,8 @@ class Sampling:
     """What completions are really drawn from."""
     recorded: Tensor | None = None
     """What the trainer takes for it, if that is another: the mistake of a one-sided truncation."""
+    left_out: Tensor | None = None
+    """`[sequences]` bool: completions whose response mask is cleared, as `mask_truncated` does."""
 
     @property
     def probabilities(self) -> Tensor:
@@ -75,7 +77,7 @@ def policy_gradient(space: SequenceSpace, target: Tensor, values: Tensor) -> Ten
     """`[entries]`: the gradient of the mean of `values` `[sequences]` over the target's own
     completions, sum_y target(y) values(y) sum_t score(y_t)."""
     weights = (space.probabilities(target) * values)[:, None].expand(space.mask.shape)
-    return _scattered(space, torch.where(space.mask, weights, 0.0), space.entries)
+    return scattered(space, torch.where(space.mask, weights, 0.0), space.entries)
 
 
 def token_gradients(
@@ -105,18 +107,22 @@ def denominators(sampling: Sampling, settings: ObjectiveSettings) -> Tensor:
     """`[sequences]` int64: what each completion adds to its batch's denominator."""
     space = sampling.space
     ones = torch.ones(space.num_sequences, dtype=torch.float64)
-    # None adds more than this. If all together add as much, each does, and one call has told it.
+    # None adds more than this, and none less than 0. Where all rows of a call together add as much,
+    # or nothing, each does, and one call has told it.
     most = (
         space.lengths if settings.loss_agg_mode == "token-mean" else torch.ones_like(space.lengths)
     )
-    if int(policy_loss(_loss_inputs(sampling, ones), settings).denominator) == int(most.sum()):
-        return most
-    return torch.stack(
-        [
-            policy_loss(_loss_inputs(sampling, ones[:1], row), settings).denominator
-            for row in torch.arange(space.num_sequences).split(1)
-        ]
-    )
+
+    def shares(rows: Tensor) -> Tensor:
+        inputs = _loss_inputs(sampling, ones[rows], rows)
+        total = policy_loss(inputs, settings).denominator
+        if int(total) == int(most[rows].sum()):
+            return most[rows]
+        if int(total) == 0 or len(rows) == 1:
+            return total.expand(len(rows))
+        return torch.cat([shares(half) for half in rows.tensor_split(2)])
+
+    return shares(torch.arange(space.num_sequences))
 
 
 def batch_moments(
@@ -126,7 +132,18 @@ def batch_moments(
     batch_size: int,
     gram: Tensor,
 ) -> Moments:
-    """Moments of the gradient of a batch of independent completions.
+    """`moments_by_size` for one size."""
+    return moments_by_size(sampling, settings, advantages, [batch_size], gram)[batch_size]
+
+
+def moments_by_size(
+    sampling: Sampling,
+    settings: ObjectiveSettings,
+    advantages: Tensor,
+    batch_sizes: Iterable[int],
+    gram: Tensor,
+) -> dict[int, Moments]:
+    """Moments of the gradient of batches of independent completions, by their size.
 
     The batch's gradient is sum_i g_i / sum_i d_i with each completion's share d_i of the
     denominator. Since d_i takes few values, the law of the sum of any number of them is a
@@ -139,7 +156,7 @@ def batch_moments(
         sampling: who draws.
         settings: the estimator.
         advantages: `[sequences]`, of each completion by itself.
-        batch_size: completions in the batch.
+        batch_sizes: completions in a batch.
         gram: `[entries, entries]` inner products of the score functions.
     """
     space, drawn = sampling.space, sampling.probabilities
@@ -147,17 +164,40 @@ def batch_moments(
         (drawn > 0)[:, None], token_gradients(sampling, settings, advantages), 0.0
     )
     shares = denominators(sampling, settings)
+    squares = squared_lengths(gradients, space.entries, gram)
+    events = _Events(space, drawn, gradients, shares, squares, gram)
+    return {size: _of_batch(events, size) for size in batch_sizes}
+
+
+@dataclass(frozen=True)
+class _Events:
+    """What there is to say about every completion."""
+
+    space: SequenceSpace
+    drawn: Tensor
+    """`[sequences]`"""
+    gradients: Tensor
+    """`[sequences, max_length]`"""
+    shares: Tensor
+    """`[sequences]` of the denominator."""
+    squares: Tensor
+    """`[sequences]`: squared lengths of the gradients."""
+    gram: Tensor
+
+
+def _of_batch(events: _Events, batch_size: int) -> Moments:
+    space, drawn, shares = events.space, events.drawn, events.shares
+    gradients, gram = events.gradients, events.gram
     law = torch.bincount(shares, weights=drawn, minlength=2).numpy()
     others = _sum_of_shares(law, batch_size - 1)
     inverse, inverse_square = _mean_inverse(others, len(law), 1), _mean_inverse(others, len(law), 2)
     weights = drawn * inverse[shares] * batch_size
-    mean = _scattered(space, gradients * weights[:, None], space.entries)
-    squares = _squared_lengths(gradients, space.entries, gram)
-    second = float((drawn * inverse_square[shares] * squares).sum()) * batch_size
+    mean = scattered(space, gradients * weights[:, None], space.entries)
+    second = float((drawn * inverse_square[shares] * events.squares).sum()) * batch_size
     if batch_size > 1:
         by_share = torch.stack(
             [
-                _scattered(space, gradients * (drawn * (shares == d))[:, None], space.entries)
+                scattered(space, gradients * (drawn * (shares == d))[:, None], space.entries)
                 for d in range(len(law))
             ]
         )
@@ -198,8 +238,8 @@ def group_moments(
     gradients = gradients.reshape(len(groups), -1) / total.clamp(min=1)[:, None]
     gradients = torch.where((drawn > 0)[:, None], gradients, 0.0)
     entries = space.entries[rows].reshape(len(groups), -1)
-    mean = _scattered(space, gradients * drawn[:, None], entries)
-    return Moments(mean, float((drawn * _squared_lengths(gradients, entries, gram)).sum()))
+    mean = scattered(space, gradients * drawn[:, None], entries)
+    return Moments(mean, float((drawn * squared_lengths(gradients, entries, gram)).sum()))
 
 
 def _loss_inputs(sampling: Sampling, advantages: Tensor, rows: Tensor | None = None) -> LossInputs:
@@ -207,22 +247,23 @@ def _loss_inputs(sampling: Sampling, advantages: Tensor, rows: Tensor | None = N
     index = torch.arange(space.num_sequences) if rows is None else rows
     target = space.logprobs(sampling.target)[index]
     recorded = sampling.drawn_from if sampling.recorded is None else sampling.recorded
+    mask = space.mask if sampling.left_out is None else space.mask & ~sampling.left_out[:, None]
     return LossInputs(
         target_logprobs=target.clone().requires_grad_(),
         behavior_logprobs=space.logprobs(recorded)[index],
         advantages=advantages,
-        response_mask=space.mask[index],
+        response_mask=mask[index],
         old_logprobs=target,
     )
 
 
-def _scattered(space: SequenceSpace, gradients: Tensor, entries: Tensor) -> Tensor:
+def scattered(space: SequenceSpace, gradients: Tensor, entries: Tensor) -> Tensor:
     """`[entries]`: token gradients of all events added up by the entry of their token."""
     size = len(space.prefixes) * space.vocabulary
     return gradients.new_zeros(size).index_add_(0, entries.flatten(), gradients.flatten())
 
 
-def _squared_lengths(gradients: Tensor, entries: Tensor, gram: Tensor) -> Tensor:
+def squared_lengths(gradients: Tensor, entries: Tensor, gram: Tensor) -> Tensor:
     """`[events]`: squared length of each event's gradient, from `[events, tokens]`."""
     parts = [
         torch.einsum("et,etu,eu->e", g, gram[e[:, :, None], e[:, None, :]], g)

@@ -89,6 +89,11 @@ class SequenceSpace:
         return torch.arange(self.max_length)[None] < self.lengths[:, None]
 
     @cached_property
+    def truncated(self) -> Tensor:
+        """`[sequences]` bool: completions that the largest length cut off before an end token."""
+        return torch.tensor([sequence[-1] != END for sequence in self.sequences])
+
+    @cached_property
     def entries(self) -> Tensor:
         """`[sequences, max_length]` int64: where each token stands in a flattened table of
         `[prefixes, vocabulary]`; 0 behind the end."""

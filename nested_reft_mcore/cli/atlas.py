@@ -29,7 +29,7 @@ def atlas(
 
     Toy transformers whose completions can all be listed are sampled with some of their own layers
     skipped, as training does, and every estimator's gradient is summed over all completions: no
-    sampling error. Under a minute on one core. docs/off_policy_atlas.md says how to read it.
+    sampling error. A minute or two on one core. docs/off_policy_atlas.md says how to read it.
 
     The KL per token that goes with a number of skipped layers is what to compare with your own
     run's rollout_corr/kl: a layer of your model may cost more or less than one of the toys'.

@@ -35,13 +35,20 @@ class AtlasOptions(Section):
     @property
     def depths(self) -> tuple[int, ...]:
         """`skipped` as numbers, ascending. UserError if they cannot be read or skipped."""
+        if self.layers < 2 * self.border_layers:
+            raise UserError(
+                f"--layers {self.layers}: with --border-layers {self.border_layers} at least "
+                f"{2 * self.border_layers} layers are kept; expected as many, or --border-layers "
+                f"{self.layers // 2}"
+            )
         most = self.layers - 2 * self.border_layers
         found = _whole_numbers("--skipped", self.skipped)
         for count in found:
             if count > most:
                 raise UserError(
                     f"--skipped {self.skipped}: {count} layers, but of {self.layers} with "
-                    f"{self.border_layers} kept at either end at most {max(most, 0)} can be skipped"
+                    f"--border-layers {self.border_layers} kept at either end at most "
+                    f"{max(most, 0)} can be skipped"
                 )
         return found
 

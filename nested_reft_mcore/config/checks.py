@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.controller import check_controller
@@ -11,6 +10,7 @@ from nested_reft_mcore.config.corrections import read_correction, read_rejection
 from nested_reft_mcore.config.data import check_data, data_paths, eval_sources, train_sources
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.nested import check_nested, check_protected, num_skipped
+from nested_reft_mcore.config.replay import check_replay
 from nested_reft_mcore.config.rewards import check_reward, check_reward_files
 from nested_reft_mcore.config.schema import (
     Config,
@@ -18,7 +18,6 @@ from nested_reft_mcore.config.schema import (
     OptimizerConfig,
     ParallelConfig,
 )
-from nested_reft_mcore.config.yaml_reader import read_yaml
 
 
 def check_config(config: Config) -> None:
@@ -68,7 +67,7 @@ def check_for_training(config: Config) -> None:
     _check_micro_batch_tokens(config)
     replay = config.rollout.replay
     if replay is not None and Path(replay).exists():
-        _check_replay(Path(replay) / "config.yaml", config.rollout.temperature)
+        check_replay(Path(replay) / "config.yaml", config.rollout.temperature)
 
 
 def check_for_warm_up(config: Config) -> None:
@@ -226,23 +225,6 @@ def _check_skippable(
         raise UserError(
             f"{section}: {count} layers to skip, but {num_layers} layers with "
             f"{owner}.border_layers={border}{protecting} leave {between} that may be skipped"
-        )
-
-
-def _check_replay(path: Path, temperature: float) -> None:
-    """Refuse rollouts of another temperature: all log-probs of a ratio are at one."""
-    if not path.exists():
-        raise UserError(
-            f"rollout.replay: {path} does not exist; expected the run directory of `train`, which "
-            "says at what temperature its rollouts were sampled"
-        )
-    rollout = cast(dict[str, Any], read_yaml(path).data.get("rollout") or {})
-    recorded = rollout.get("temperature", 1.0)
-    if recorded != temperature:
-        raise UserError(
-            f"rollout.temperature={temperature}, but the rollouts to replay were sampled at "
-            f"{recorded} ({path}): every importance ratio would be wrong; expected "
-            f"rollout.temperature={recorded}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.base import Section
@@ -194,6 +194,13 @@ class AlgorithmConfig(Section):
     """Estimator of the KL divergence in the rewards."""
     mask_truncated: bool = False
     """Completions cut off at `rollout.max_new_tokens` teach nothing (overlong filtering)."""
+
+    @field_validator("rollout_is", mode="before")
+    @classmethod
+    def _explain_null(cls, value: object) -> object:
+        if value is None:
+            raise ValueError("a name: verl's null, no correction, is `practical` here")
+        return value
 
 
 class OptimizerConfig(Section):

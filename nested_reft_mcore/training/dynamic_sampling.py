@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nested_reft_mcore.algorithm.advantages import equal_groups
 from nested_reft_mcore.data.stream import shard_range
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.rollout.types import Rollout, RolloutBatch, RolloutStats
@@ -27,12 +27,6 @@ Generate = Callable[[int], tuple[RolloutBatch, Tensor]]
 class _Group:
     rollouts: tuple[Rollout, ...]
     rewards: tuple[float, ...]
-
-
-def equal_groups(rewards: Float[Tensor, " batch"], group_size: int) -> Bool[Tensor, " batch"]:
-    """Whether a completion's whole group has one reward, and so nothing to prefer."""
-    groups = rewards.view(-1, group_size)
-    return (groups == groups[:, :1]).all(dim=1).repeat_interleave(group_size)
 
 
 def choose_groups(is_equal: Sequence[bool], num_groups: int) -> list[int]:

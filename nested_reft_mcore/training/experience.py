@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
+from nested_reft_mcore.algorithm.advantages import equal_groups
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.data.prompts import PromptSet
@@ -26,7 +27,7 @@ from nested_reft_mcore.observability.timers import Timers
 from nested_reft_mcore.rollout.dump import load_rollouts
 from nested_reft_mcore.rollout.generation import GenerationInterrupted
 from nested_reft_mcore.rollout.types import RolloutBatch
-from nested_reft_mcore.training.dynamic_sampling import equal_groups, sample_dynamically
+from nested_reft_mcore.training.dynamic_sampling import sample_dynamically
 from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.replicas import gather_from_replicas
 from nested_reft_mcore.training.sampling import build_engine, training_sampling

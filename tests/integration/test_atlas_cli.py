@@ -85,9 +85,40 @@ def test_the_trajectory_is_the_one_correction_without_bias(record):
         assert found["trajectory correction", 2]["variance"] > cheaper
 
 
+def test_under_other_sampling_the_trajectory_is_right_where_its_ratio_knows_and_nothing_is_cut(
+    record,
+):
+    found = {name: p for (name, k), p in points(record).items() if k == 2}
+    rows = [name for name in found if name.endswith(" sampling")]
+    assert len(rows) == 10 * 5
+    for name in rows:
+        is_right = name == "trajectory, temperature 0.8 sampling"
+        assert (found[name]["bias"] < 1e-6) == is_right, name
+    for correction in ("practical", "tis", "retrace_cumulative"):
+        plain = found[f"{correction} correction"]
+        cut = found[f"{correction}, top-p 0.9 sampling"]
+        assert cut["bias"] != pytest.approx(plain["bias"], rel=1e-3)
+
+
+def test_filtering_groups_scales_and_masking_truncated_completions_turns(record):
+    batch, denominator = points(record, "batch"), points(record, "denominator")
+    assert len(batch) == 24 * 3
+    for size in (2, 3):
+        plain = batch[f"trajectory rloo, {size} a group", 2]
+        filtered = batch[f"trajectory rloo, {size} a group, filter_groups", 2]
+        assert plain["bias"] < 1e-6 < 0.1 < filtered["bias"]
+        assert filtered["cosine"] == pytest.approx(1.0, abs=1e-9)
+        for method in ("grpo", "reinforce_plus_plus_baseline"):
+            assert batch[f"trajectory {method}, {size} a group", 2]["bias"] > 1e-3
+    masked = denominator["trajectory seq-mean-token-sum-norm, mask_truncated", 2]
+    assert denominator["trajectory seq-mean-token-sum-norm", 2]["bias"] < 1e-6
+    assert masked["bias"] > 0.05
+    assert masked["cosine"] < 0.99
+
+
 def test_with_nothing_skipped_all_that_samples_in_full_agrees(record):
     for (name, k), point in points(record).items():
-        if k == 0 and not name.endswith(" sampling"):
+        if k == 0 and not name.endswith((" sampling", " lambda")):
             assert point["bias"] < 1e-6, name
             assert point["variance"] == pytest.approx(
                 points(record)["practical correction", 0]["variance"], rel=1e-9
@@ -122,7 +153,11 @@ def test_distances_grow_with_the_layers_skipped_and_pinsker_holds(record):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"skipped": "0,3"}, "--skipped 0,3: 3 layers, but of 4 with 1 kept .* at most 2"),
+        (
+            {"skipped": "0,3"},
+            "--skipped 0,3: 3 layers, but of 4 with --border-layers 1 .* at most 2",
+        ),
+        ({"layers": 1, "skipped": "0"}, "--layers 1: with --border-layers 1 at least 2 layers"),
         ({"skipped": "one"}, "--skipped one: expected whole numbers"),
         ({"batch_sizes": "0,8"}, "--batch-sizes 0,8: expected sizes from 1"),
         ({"vocabulary": 8, "tokens": 8}, "--vocabulary 8 --tokens 8: .* at most 4096"),

@@ -26,6 +26,19 @@ def test_epsilon_bounds_the_normalisation():
     assert got.tolist() == pytest.approx([-0.5 / (0.5**0.5 + 0.5), 0.5 / (0.5**0.5 + 0.5)])
 
 
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_rloo_compares_with_the_mean_of_the_others(size):
+    rewards = [1.0, 0.0, 0.25, 3.0, -2.0, 0.5, 0.5, 7.0, 1.5, 2.0][: 2 * size]
+    want = [
+        r - statistics.fmean(group[:i] + group[i + 1 :])
+        for group in (rewards[:size], rewards[size:])
+        for i, r in enumerate(group)
+    ]
+    flat = torch.tensor(rewards, dtype=torch.float64)
+    got = group_relative_advantages(flat, "rloo", group_size=size)
+    assert got.tolist() == pytest.approx(want, rel=1e-12)
+
+
 def test_dr_grpo_only_centres():
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 4.0, 2.0, 2.0, 0.0])
     got = group_relative_advantages(rewards, "dr_grpo", group_size=4)

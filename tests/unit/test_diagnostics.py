@@ -13,8 +13,13 @@ from nested_reft_mcore.algorithm.diagnostics import (
     off_policy_maxima,
     off_policy_sums,
     ratio_p05,
+    rejection_sums,
 )
-from nested_reft_mcore.algorithm.importance import log_importance_ratio
+from nested_reft_mcore.algorithm.importance import (
+    CorrectionSettings,
+    TokenWeights,
+    log_importance_ratio,
+)
 
 
 def measured(target, behavior, mask=None, clamp=20.0):
@@ -126,3 +131,31 @@ def test_ratio_p05_does_not_depend_on_order():
     got = {ratio_p05(torch.tensor(order)) for order in itertools.permutations(values)}
     assert len(got) == 1
     assert got.pop() == pytest.approx(math.exp(-3))
+
+
+def test_a_sequence_that_no_float_holds_is_cut():
+    """Of 8 tokens each 80 nats off: the square of exp(640) is beyond float64."""
+    logprobs = torch.full((1, 8), -80.0, dtype=torch.float64)
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    log_ratio = log_importance_ratio(torch.zeros_like(logprobs), logprobs, mask, 80.0)
+    sums = off_policy_sums(log_ratio, torch.zeros_like(logprobs), logprobs)
+    metrics = finalize_metrics(sums)
+    assert metrics["rollout_corr/seq_ratio_mean"] == pytest.approx(math.exp(300))
+    assert math.isfinite(metrics["rollout_corr/chi2_seq"])
+
+
+def test_what_was_asked_for_and_not_kept_is_rejected_and_padding_is_not():
+    logprobs = torch.zeros(1, 4, dtype=torch.float64)
+    mask = torch.tensor([[True, True, True, False]])
+    log_ratio = log_importance_ratio(logprobs, logprobs, mask, 20.0)
+    kept = torch.tensor([[True, False, True, False]])
+    weights = TokenWeights(kept.double(), kept)
+    sums = rejection_sums(
+        log_ratio, weights, kept, CorrectionSettings(), torch.zeros((), dtype=torch.int64)
+    ).sums
+    assert int(sums["rollout_corr/rollout_rs_masked_fraction"]) == 1
+    assert int(sums["rollout_corr/rollout_rs_seq_masked_fraction"]) == 1
+
+
+def test_no_ratio_leaves_no_sample():
+    assert effective_sample_size(0.0, 0.0) == 0.0

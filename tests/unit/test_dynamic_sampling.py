@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from replica_cases import CONTEXT, on_replicas
 from test_config_checks import config, refusal
 
-from nested_reft_mcore.algorithm.advantages import AdvantageMethod, group_relative_advantages
+from nested_reft_mcore.algorithm.advantages import (
+    AdvantageMethod,
+    equal_groups,
+    group_relative_advantages,
+)
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.data.stream import shard_range
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.rollout.types import Prompt, Rollout, RolloutBatch, RolloutStats
 from nested_reft_mcore.training.advantages import replica_advantages
-from nested_reft_mcore.training.dynamic_sampling import (
-    choose_groups,
-    equal_groups,
-    sample_dynamically,
-)
+from nested_reft_mcore.training.dynamic_sampling import choose_groups, sample_dynamically
 from nested_reft_mcore.training.experience import Experience
 
 GROUP_SIZE = 2

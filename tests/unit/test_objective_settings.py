@@ -11,6 +11,7 @@ from nested_reft_mcore.algorithm.importance import CorrectionSettings
 from nested_reft_mcore.algorithm.objectives import ObjectiveSettings
 from nested_reft_mcore.algorithm.rejection import RejectionRule
 from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.load import config_from_dict
 from nested_reft_mcore.training.update import objective_settings
 
 
@@ -48,6 +49,12 @@ def test_corrections_by_name_and_threshold(
     found = settings(rollout_is=rollout_is, rollout_is_threshold=threshold)
     correction = found.correction_settings
     assert (found.correction, correction.lower, correction.upper) == expected
+
+
+def test_what_verl_calls_null_is_named() -> None:
+    expected = "`algorithm.rollout_is`: expected a name: verl's null, .* is `practical` here, got"
+    with pytest.raises(UserError, match=expected):
+        config_from_dict({"algorithm": {"rollout_is": None}})
 
 
 @pytest.mark.parametrize(

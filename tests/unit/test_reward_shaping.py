@@ -20,6 +20,7 @@ def test_only_the_last_tokens_are_overlong() -> None:
     # Free up to 10 - 4 tokens, then a quarter of the factor for each, and never more than it.
     expected = [0.0, 0.0, -0.5, -1.5, -2.0, -2.0]
     assert overlong_penalty(lengths, 10, 4, 2.0).tolist() == expected
+    assert overlong_penalty(lengths, 10, 1).tolist() == [0.0, 0.0, 0.0, 0.0, -1.0, -1.0]
     assert overlong_penalty(lengths[:5], 10, 10).tolist() == pytest.approx(
         [-0.1, -0.6, -0.7, -0.9, -1.0]
     )
