@@ -9,7 +9,10 @@ import typer
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run directories, or those of `evaluate`."),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(

@@ -99,7 +99,7 @@ def section_from_dict(
     """
     try:
         # JSON is the strict form that still takes lists for tuples and integers for floats.
-        return section.model_validate_json(json.dumps(data, allow_nan=False), strict=True)
+        return section.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         found = _first_causes(dict(problem) for problem in error.errors())
         problems = [_explain(section, problem, source, sources or {}) for problem in found]
@@ -216,7 +216,7 @@ def _suggest(root: type[Section], names: Sequence[str]) -> str:
     siblings = [name for name in siblings if "." not in name]
     near = difflib.get_close_matches(last, siblings, n=1)
     if near:
-        return f"; did you mean `{prefix}{near[0]}`?"
+        return f"; did you mean `{'.'.join((*names[:-1], near[0]))}`?"
     namesakes = [key for key in known if key.rsplit(".", 1)[-1] == last]
     if namesakes:
         return f"; did you mean `{namesakes[0]}`?"

@@ -60,6 +60,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._template = _read_template(config.template_path)
         self._shots = _read_shots(config)
+        self._is_template_checked = False
         self._bos: tuple[int, ...] = ()
         if config.add_bos and config.template == "none":
             if tokenizer.bos_token_id is None:
@@ -81,14 +82,44 @@ class PromptEncoder:
         shots = shots[: config.num_few_shot]
         if config.template == "chat":
             messages = _messages(config.system_prompt, shots, question, suffix)
-            # Without a template of our own the tokenizer's is meant.
-            more = {} if self._template is None else {"template": self._template}
-            token_ids = tuple(self._tokenizer.apply_chat_template(messages, **more))
+            token_ids = self._apply(messages)
+            if token_ids and not self._is_template_checked:
+                self._check_template(messages, token_ids)
+                self._is_template_checked = True
             return token_ids, self._tokenizer.decode(token_ids)
         examples = [_fill(config.few_shot_template, shot[0] + suffix, shot[1]) for shot in shots]
         text = "".join([*examples, question + suffix])
         token_ids = tuple(self._tokenizer.encode(text))
         return (*self._bos, *token_ids) if token_ids else (), text
+
+    def _apply(self, messages: list[Message]) -> tuple[int, ...]:
+        # Without a template of our own the tokenizer's is meant.
+        more = {} if self._template is None else {"template": self._template}
+        return tuple(self._tokenizer.apply_chat_template(messages, **more))
+
+    def _check_template(self, messages: list[Message], token_ids: tuple[int, ...]) -> None:
+        """Refuse a template that leaves a message out: nobody would see it in the figures.
+
+        What the assistant says in examples may be cut: many templates drop earlier thoughts.
+        """
+        for place in reversed(range(len(messages))):
+            message = messages[place]
+            content = message["content"]
+            if message["role"] == "assistant" or not content.strip():
+                continue
+            doubled = [*messages]
+            doubled[place] = {**message, "content": f"{content}\n{content}"}
+            if self._apply(doubled) != token_ids:
+                continue
+            what = "the examples of data.few_shot"
+            if place == len(messages) - 1:
+                what = "the question"
+            elif message["role"] == "system":
+                what = "data.system_prompt"
+            raise UserError(
+                f"the chat template leaves out {what}: another text there makes the same prompt; "
+                "expected a template that writes every message's `content`"
+            )
 
 
 def encoded_rows(

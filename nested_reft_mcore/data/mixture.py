@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from nested_reft_mcore.algorithm.counter_random import Stream, shuffled
@@ -21,7 +22,7 @@ class Mixture:
     """
 
     def __init__(self, names: Sequence[str], weights: Sequence[float], seed: int) -> None:
-        """UserError for a weight that is below a thousandth of the sum."""
+        """UserError for a weight below a thousandth of the sum, and for weights beyond floats."""
         self.quotas = _quotas(names, weights)
         self._seed = seed
         self._block: tuple[int, list[int], list[int]] | None = None
@@ -49,6 +50,11 @@ class Mixture:
 
 def _quotas(names: Sequence[str], weights: Sequence[float]) -> tuple[int, ...]:
     """Places of each data set in a block, by largest remainders."""
+    if not math.isfinite(BLOCK * sum(weights)):
+        raise UserError(
+            f"data.train: the weights {', '.join(f'{weight:g}' for weight in weights)} are too "
+            "large to add up; only their ratios matter: expected smaller ones"
+        )
     exact = [weight * BLOCK / sum(weights) for weight in weights]
     for name, share in zip(names, exact, strict=True):
         if share < 1:

@@ -10,7 +10,7 @@ from nested_reft_mcore.config.data import DataSource
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.data.hub import read_hub
 from nested_reft_mcore.data.jsonl import read_json_lines
-from nested_reft_mcore.data.records import OnBroken, Record, refuse
+from nested_reft_mcore.data.records import BrokenRows, OnBroken, Record, refuse
 from nested_reft_mcore.data.tables import read_csv, read_json, read_parquet
 
 _READERS = {
@@ -44,6 +44,7 @@ def read_rows(
             read go to `on_broken`, which raises them by default.
     """
     limit = limit if source.limit is None else source.limit
+    on_broken = broken = BrokenRows(on_broken)
     if source.path is None:
         rows = read_hub(source, on_broken)
     else:
@@ -60,6 +61,8 @@ def read_rows(
     for record in islice(rows, limit):
         is_empty = False
         yield record
+    if is_empty and broken.first is not None:
+        raise UserError(f"{source.place}: no row can be read; the first broken one: {broken.first}")
     if is_empty:
         raise UserError(f"{source.place}: the data set is empty; expected at least one usable row")
 

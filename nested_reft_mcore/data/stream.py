@@ -14,6 +14,16 @@ from nested_reft_mcore.algorithm.counter_random import Stream, permutation
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.data.mixture import Mixture
 
+_HAS_TO_BE_EQUAL = {
+    "num_prompts": "number of prompts (num_prompts)",
+    "seed": "seed",
+    "quotas": "share of each set of data.train, in places of 1,000,",
+    "sizes": "number of prompts of each set of data.train",
+    "fingerprint": "fingerprint of all prompts and answers",
+}
+"""What a checkpoint says of its stream, and what a user calls it."""
+_LATER = ("sizes", "fingerprint")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -110,6 +120,7 @@ class PromptStream:
             state["fingerprint"] = self._fingerprint
         if self._mixture is not None:
             state["quotas"] = list(self._mixture.quotas)
+            state["sizes"] = list(self._sizes)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -123,13 +134,13 @@ class PromptStream:
                 "(rollout.replay); start from its weights with model.checkpoint in a new run_dir"
             )
         mine = self.state_dict()
-        for key in ("num_prompts", "seed", "quotas", "fingerprint"):
-            # Checkpoints that are older than fingerprints have none.
-            unknown = key == "fingerprint" and key not in state
+        for key, what in _HAS_TO_BE_EQUAL.items():
+            # Older checkpoints have not all of them.
+            unknown = key in _LATER and key not in state
             if not unknown and state.get(key) != mine.get(key):
                 raise UserError(
-                    f"the checkpoint was reading data with {key} = {state.get(key)}, this run has "
-                    f"{key} = {mine.get(key)}; expected the same data, limits, weights, template "
+                    f"the checkpoint was reading other data: its {what} is {state.get(key)}, this "
+                    f"run's is {mine.get(key)}; expected the same data, limits, weights, template "
                     "and seed, or checkpoint.resume: never"
                 )
         self._position = state["position"]

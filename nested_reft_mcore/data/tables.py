@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,28 @@ def read_csv(path: Path, on_broken: OnBroken) -> Iterator[Record]:
             header = next(reader, None)
             if not header:
                 raise UserError(f"{path}: the data set is empty; expected a CSV file with a header")
+            _check_header(path, header, delimiter)
             yield from _csv_rows(path, reader, header, on_broken)
     except csv.Error as error:
         raise UserError(f"{path}:1: not CSV: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read; expected CSV: {error.strerror}") from error
+
+
+def _check_header(path: Path, header: list[str], delimiter: str) -> None:
+    """Refuse a header of which a column would be lost, or that another character separates."""
+    twice = sorted(name for name, count in Counter(header).items() if count > 1)
+    if twice:
+        raise UserError(
+            f"{path}:1: {len(twice)} columns stand twice, {twice[0]!r} among them; "
+            "expected each name once"
+        )
+    others = [mark for mark in ",;\t|" if mark in header[0] and mark != delimiter]
+    if len(header) == 1 and others:
+        raise UserError(
+            f"{path}:1: one column, {shown(header[0])}, separated by {others[0]!r}; expected "
+            f"{delimiter!r} between columns (a comma, or a tab where the name ends in .tsv)"
+        )
 
 
 def _csv_rows(path: Path, reader: Any, header: list[str], on_broken: OnBroken) -> Iterator[Record]:

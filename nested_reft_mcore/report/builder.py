@@ -10,7 +10,7 @@ from nested_reft_mcore.report.page import packed, render_page
 from nested_reft_mcore.report.page_data import rollouts_data, run_data
 from nested_reft_mcore.report.rollout_files import RolloutIndex, index_rollouts
 from nested_reft_mcore.report.run_record import RunRecord
-from nested_reft_mcore.report.selection import select, weight
+from nested_reft_mcore.report.selection import select_both, weight
 
 _ATTEMPTS = 4
 _LEAST_BYTES = 50_000
@@ -64,7 +64,7 @@ def _packed_rollouts(
     """Rollouts of all runs, each with an equal share of the room; fewer until they fit."""
     budget = max_bytes / max(len(indices), 1)
     for attempt in range(_ATTEMPTS):
-        chosen = [select(index.entries, budget) for index in indices]
+        chosen = [select_both(index.entries, budget) for index in indices]
         data = [rollouts_data(index, some) for index, some in zip(indices, chosen, strict=True)]
         text = packed(data)
         whole = all(len(c) == len(i.entries) for c, i in zip(chosen, indices, strict=True))

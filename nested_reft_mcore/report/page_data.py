@@ -122,11 +122,14 @@ def _rollout_row(
 ) -> dict[str, Any]:
     line = read_rollout(entry)
     ratios, completion, prompt = log_ratios(line), line["completion"], line["prompt"]
-    lengths = token_lengths(completion, line["token_ids"], vocabulary) if vocabulary else None
+    lengths = None
+    if vocabulary and not entry.kind:
+        lengths = token_lengths(completion, line["token_ids"], vocabulary)
     plan = line.get("plan")
     skipped = str(plan.get("skipped", "")) if isinstance(plan, dict) else ""
     return {
         "step": entry.step,
+        "kind": entry.kind,
         "prompt": prompts.setdefault(_cut(prompt), len(prompts)),
         "prompt_index": entry.prompt_index,
         "sample": entry.sample_index,

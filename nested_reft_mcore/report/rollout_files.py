@@ -1,4 +1,4 @@
-"""The rollouts that a run has dumped: a light index of all of them, and single ones in full."""
+"""What a run has completed, in training and evaluations: a light index, and single ones in full."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from nested_reft_mcore.report.evaluation_files import as_rollout, evaluation_files
 
 _FILE = re.compile(r"step_(\d+)\.dp\d+\.jsonl")
 MAX_LOG_RATIO = 20.0
@@ -35,6 +37,8 @@ class RolloutEntry(NamedTuple):
     """Nats per token, target over behavior; 0 where it is not known."""
     largest_log_ratio: float
     """Of one token, the one with the largest magnitude."""
+    kind: str = ""
+    """Empty in training; set, mode and skipped layers of an evaluation."""
 
 
 @dataclass
@@ -52,18 +56,22 @@ class RolloutIndex:
 def index_rollouts(
     run_dir: Path, told: Callable[[int, int], None] = lambda done, total: None
 ) -> RolloutIndex:
-    """Read every dumped rollout of the run once.
+    """Read every dumped rollout of the run once, and every completion of its evaluations.
 
     `told` hears how many bytes of how many are read. Lines that are no rollouts are counted.
     """
     index = RolloutIndex(vocabulary=_read_vocabulary(run_dir / "rollouts" / "vocabulary.json"))
     paths = sorted(p for p in (run_dir / "rollouts").glob("step_*.jsonl") if _FILE.match(p.name))
-    total = sum(path.stat().st_size for path in paths)
-    for path in paths:
+    files: list[tuple[Path, int | None]] = [(path, None) for path in paths]
+    files += evaluation_files(run_dir)
+    total = sum(path.stat().st_size for path, _ in files)
+    for path, step in files:
         for offset, line in _lines(path):
             index.num_bytes += len(line)
             try:
-                index.entries.append(_entry(path, offset, json.loads(line)))
+                found = json.loads(line)
+                row = found if step is None else as_rollout(found, step)
+                index.entries.append(_entry(path, offset, row))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 index.num_broken += bool(line.strip())
         told(index.num_bytes, total)
@@ -71,10 +79,11 @@ def index_rollouts(
 
 
 def read_rollout(entry: RolloutEntry) -> dict[str, Any]:
-    """The whole line."""
+    """The whole line, under the keys of a dumped rollout."""
     with entry.path.open("rb") as file:
         file.seek(entry.offset)
-        return json.loads(file.readline())
+        line = json.loads(file.readline())
+    return as_rollout(line, entry.step) if entry.kind else line
 
 
 def log_ratios(line: dict[str, Any]) -> list[float | None] | None:
@@ -111,11 +120,12 @@ def _entry(path: Path, offset: int, line: dict[str, Any]) -> RolloutEntry:
         path=path,
         offset=offset,
         reward=float(line["reward"]),
-        num_tokens=len(line["token_ids"]),
+        num_tokens=len(line["token_ids"]) or int(line.get("num_tokens", 0)),
         num_characters=len(line["completion"]) + len(line["prompt"]),
         failure=failure_of(line),
         mean_log_ratio=math.fsum(ratios) / len(ratios) if ratios else 0.0,
         largest_log_ratio=max(ratios, key=abs, default=0.0),
+        kind=line.get("kind", ""),
     )
 
 

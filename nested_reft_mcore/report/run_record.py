@@ -14,6 +14,12 @@ import yaml
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.observability.environment import ENVIRONMENT_FILE
 from nested_reft_mcore.observability.tracking import METRICS_FILE, whole_lines
+from nested_reft_mcore.report.evaluation_files import (
+    FIGURES_FILE,
+    evaluated_step,
+    is_evaluation,
+    read_figures,
+)
 
 CONFIG_FILE = "config.yaml"
 PLAN = "nested/plan"
@@ -32,7 +38,7 @@ class RunRecord:
     name: str
     directory: Path
     command: str
-    """`train` or `sft`."""
+    """`train`, `sft` or `evaluate`."""
     steps: list[dict[str, float | None]]
     """Metrics of each step that was recorded, ascending, each step once; with `step` and `time`."""
     plans: dict[int, str] = field(default_factory=dict)
@@ -77,6 +83,8 @@ def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
 
 def read_run(directory: Path, name: str) -> RunRecord:
     """What the directory holds; what cannot be read is said in `notes`."""
+    if is_evaluation(directory):
+        return _read_evaluation(directory, name)
     notes: list[str] = []
     config = _read_mapping(directory / CONFIG_FILE, notes)
     environment = _read_mapping(directory / ENVIRONMENT_FILE, notes)
@@ -87,11 +95,27 @@ def read_run(directory: Path, name: str) -> RunRecord:
     return run
 
 
+def _read_evaluation(directory: Path, name: str) -> RunRecord:
+    """What `nested-reft evaluate` has written: its figures are those of a single step."""
+    found = read_figures(directory)
+    notes = [] if found else [f"{FIGURES_FILE} is missing or cannot be read"]
+    parts = {key: found.get(key) for key in ("metrics", "config", "environment")}
+    metrics, config, environment = (p if isinstance(p, dict) else {} for p in parts.values())
+    step: dict[str, float | None] = {"step": evaluated_step(found), "time": None}
+    step |= {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+    steps = [step] if metrics else []
+    return RunRecord(name, directory, "evaluate", steps, {}, config, environment, notes)
+
+
 def _check_is_run(directory: Path) -> None:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "not found"
-        raise UserError(f"{directory}: {what}; expected a run directory (run_dir of a run)")
+        raise UserError(
+            f"{directory}: {what}; expected a run directory (run_dir of a run), or an evaluation's"
+        )
     if any((directory / name).exists() for name in (METRICS_FILE, "rollouts")):
+        return
+    if is_evaluation(directory):
         return
     inside = _runs_inside(directory)
     # A run that has just begun has its configuration alone; so has a folder for runs.

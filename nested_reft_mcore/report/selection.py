@@ -23,11 +23,25 @@ MEASURES: dict[str, Callable[[RolloutEntry], float]] = {
 RARE_FAILURES = ("error", "timeout", "nan")
 _TRUNCATED_SHARE = 0.4
 _NEWEST_SHARE = 0.25
+EVALUATED_SHARE = 0.2
+"""Of the room, for completions of evaluations, where training would take all."""
 
 
 def weight(entry: RolloutEntry) -> float:
     """Bytes that a rollout takes in a page, roughly: text compresses, and so do numbers."""
     return 80 + 0.4 * entry.num_characters + 4.0 * entry.num_tokens
+
+
+def select_both(entries: Sequence[RolloutEntry], budget: float) -> list[RolloutEntry]:
+    """Those to show of training and of evaluations, which have at least a fifth of the room.
+
+    Each part is selected by itself: an evaluation after the last step is not all that is new.
+    """
+    trained = [entry for entry in entries if not entry.kind]
+    evaluated = [entry for entry in entries if entry.kind]
+    room = max(EVALUATED_SHARE * budget, budget - _weigh(trained))
+    shown = select(evaluated, room) if evaluated else []
+    return [*select(trained, budget - _weigh(shown)), *shown]
 
 
 def select(entries: Sequence[RolloutEntry], budget: float) -> list[RolloutEntry]:
@@ -60,6 +74,8 @@ def kept_counts(
     def count(some: Sequence[RolloutEntry]) -> Counter[str]:
         found = Counter(entry.failure for entry in some if entry.failure)
         found["all"], found["newest step"] = len(some), sum(e.step == newest for e in some)
+        if any(e.kind for e in entries):
+            found["evaluated"] = sum(e.kind != "" for e in some)
         return found
 
     shown, there = count(chosen), count(entries)

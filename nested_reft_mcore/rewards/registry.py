@@ -6,15 +6,18 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.rewards import check_reward_name
-from nested_reft_mcore.rewards.base import Scope, scope_of
+from nested_reft_mcore.rewards.base import RewardItem, Scope, scope_of
 
 _HERE = "nested_reft_mcore.rewards"
 REWARDS = {
@@ -53,11 +56,47 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> LoadedRe
     except (Exception, SystemExit) as error:  # a user's module may do anything when imported
         raise UserError(
             f"reward: name is {name!r}: cannot be imported: {type(error).__name__}: {error}"
+            f"{_line_of(error, place)}{_search_path(error)}"
         ) from error
     if not callable(function):
         raise UserError(f"reward: {name!r} is a {type(function).__name__}; expected a function")
-    _check_options(name, function, options or {})
-    return LoadedReward(function, scope_of(function), dict(options or {}))
+    loaded = LoadedReward(function, scope_of(function), dict(options or {}))
+    _check_kind(name, loaded)
+    _check_options(name, function, loaded.options)
+    if name in REWARDS and options:
+        _try_options(name, loaded)
+    return loaded
+
+
+def _check_kind(name: str, reward: LoadedReward) -> None:
+    """Refuse what can be called and never gives a number."""
+    function = reward.function
+    kind = ""
+    if inspect.isclass(function):
+        kind = "a class"
+    elif inspect.iscoroutinefunction(function):
+        kind = "an async function"
+    elif reward.scope == "item" and inspect.isgeneratorfunction(function):
+        kind = "a generator"
+    if kind:
+        raise UserError(f"reward: {name!r} is {kind}; expected a function that returns a number")
+
+
+def _line_of(error: BaseException, place: str) -> str:
+    """Where in a file of the user's own an import failed; a syntax error says it itself."""
+    if not place.endswith(".py") or isinstance(error, SyntaxError):
+        return ""
+    here = Path(place).resolve()
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == here]
+    return f" ({place}:{lines[-1]})" if lines else ""
+
+
+def _search_path(error: BaseException) -> str:
+    """What a user who sees the file beside him does not expect."""
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    return "; modules are found where they are installed, or on PYTHONPATH; not beside the file"
 
 
 def warm_up(rewards: Sequence[LoadedReward]) -> None:
@@ -93,6 +132,31 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _try_options(name: str, reward: LoadedReward) -> None:
+    """Refuse values that a reward of ours would refuse in every call.
+
+    Raises:
+        UserError: names the option, or says what the reward says.
+    """
+    hints = get_type_hints(reward.function)
+    for key, value in reward.options.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            expected = str(error.errors()[0]["msg"]).removeprefix("Input should be ")
+            raise UserError(
+                f"reward: option {key} of {name!r}: expected {expected}, got {value!r}"
+            ) from None
+    items = [RewardItem("1", "\\boxed{1}", "1", num_tokens=count) for count in (1, 2)]
+    try:
+        if reward.scope == "item":
+            reward.function(items[0], **reward.options)
+        else:
+            reward.function(items, **reward.options)
+    except Exception as error:  # whatever it is, the first completion would meet it
+        raise UserError(f"reward: options of {name!r}: {error}") from error
 
 
 def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -27,6 +27,8 @@ _MAX_REASON, _MAX_FAILURES = 200, 10_000
 """Most characters of an error that are kept, and most errors between two steps."""
 MAX_SAID = 10
 """So many kinds of failures are logged; all are counted."""
+LEAST_FIRST = 8
+"""Completions of the first batch: where all of so many fail, the reward itself is wrong."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Judge:
         self._on_dead = on_dead
         self._functions = config.weighted
         self._has_judged = False
+        self._is_first = True
         self._failures: dict[tuple[str, str], str] = {}
         self._keeps_components = keep_components and len(self._functions) > 1
         self._components: dict[tuple[str, str], tuple[float, ...]] = {}
@@ -115,13 +118,20 @@ class Judge:
         return values_of(results)
 
     def results(self, rollouts: RolloutBatch) -> list[RewardResult]:
-        """Verdicts in the order of `rollouts`, on every process; they go into no mean."""
+        """Verdicts in the order of `rollouts`, on every process; they go into no mean.
+
+        Raises:
+            UserError: the first batch failed whole, by exceptions or crashes: not its completions
+                are at fault.
+        """
         items = [_item(rollout) for rollout in rollouts.rollouts]
         results: list[RewardResult] = []
         if not self._judges_batches:
             if self._pool is not None:
                 results = self._score(self._pool, items)
-            return broadcast_in_replica(results, self._context)
+            results = broadcast_in_replica(results, self._context)
+            self._refuse_if_all_failed(results)
+            return results
         shares = gather_from_replicas(items, self._context)
         data = self._context.data
         if self._pool is not None and data.rank == 0:
@@ -129,7 +139,9 @@ class Judge:
         results = broadcast_in_replica(results, self._context)
         results = gather_from_replicas(results, self._context)[0]
         start = sum(len(share) for share in shares[: data.rank])
-        return results[start : start + len(items)]
+        results = results[start : start + len(items)]
+        self._refuse_if_all_failed(results)
+        return results
 
     def metrics(self) -> dict[str, float]:
         """Items of the whole run that could not be judged; means since the last call, by function.
@@ -187,6 +199,24 @@ class Judge:
                 reason = "timeout" if result.timed_out else result.error[:_MAX_REASON]
                 self._failures[item.prompt, item.completion] = reason
         return results
+
+    def _refuse_if_all_failed(self, results: Sequence[RewardResult]) -> None:
+        """Of the first batch, over all replicas; a deadline may be missed by all for once."""
+        if not self._is_first:
+            return
+        self._is_first = False
+        reasons = Counter(r.error for r in results if r.error is not None and not r.timed_out)
+        shares = gather_from_replicas((len(results), reasons), self._context)
+        total = sum(count for count, _ in shares)
+        failed = sum((part for _, part in shares), Counter[str]())
+        if total < LEAST_FIRST or failed.total() < total:
+            return
+        (reason, count), *others = failed.most_common()
+        more = f" ({count} of them; {len(others)} other reasons)" if others else ""
+        raise UserError(
+            f"reward: none of the first {total} completions could be judged, so all would get "
+            f"reward 0: {reason}{more}"
+        )
 
     def failures(self) -> dict[tuple[str, str], str]:
         """Why items could not be judged since the last call, by prompt and completion.

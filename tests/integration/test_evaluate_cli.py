@@ -58,6 +58,9 @@ def test_a_killed_evaluation_goes_on_and_others_are_refused(room: Path):
     assert written["settings"]["weights"]["kind"] == "hf"
     assert written["environment"]["versions"]["torch"]
     assert not (room / DEFAULT / "parts").exists()
+    page = CliRunner().invoke(app, ["report", str(room / DEFAULT)])
+    assert page.exit_code == 0, page.output
+    assert "1 recorded steps, 30 of 30 rollouts shown" in page.output
     assert sum(one["generated_tokens"] for one in written["speed"]) < sum(
         line["num_tokens"] for line in completions
     )

@@ -233,3 +233,43 @@ def test_one_run_and_an_empty_one_have_pages_too(browser: Chromium, tmp_path: Pa
         assert browser.problems() == []
         assert browser.evaluate("document.getElementById('compare').hidden")
     assert "no step is recorded yet" in text_of(browser, "#facts")
+
+
+def test_an_evaluation_is_browsed_like_a_run(browser: Chromium, tmp_path: Path) -> None:
+    """120 prompts, a greedy completion and two samples of each, the last one hostile."""
+    common = {"dataset": "sums", "policy": "full", "answer": "1", "finish_reason": "stop"}
+    lines = [
+        {**common, "mode": mode, "row": row, "sample": sample, "prompt": f"sum {row}?"}
+        | {"completion": f"so {mode} {row}", "reward": float(row % 2), "num_tokens": 3}
+        for mode, samples in (("greedy", 1), ("sampled", 2))
+        for row in range(120)
+        for sample in range(samples)
+    ]
+    lines[-1]["completion"] = HOSTILE
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "completions.jsonl").write_text(text)
+    name = "val-core/sums/reward/greedy"
+    metrics = {name: 0.5, f"{name}/low": 0.41, f"{name}/high": 0.59}
+    figures = {"settings": {"weights": {"step": 30}}, "metrics": metrics, "config": {"seed": 5}}
+    (tmp_path / "metrics.json").write_text(json.dumps(figures))
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "360 of 360 rollouts shown" in done.output
+    browser.open(tmp_path / "report.html")
+    browser.wait_for(READY)
+    assert "evaluate" in text_of(browser, "#facts")
+    assert "weights of step30" in text_of(browser, "#facts")
+    assert matches(browser) == 360
+    assert "page 1 of 8" in text_of(browser, "#matches")
+    browser.evaluate("document.getElementById('next').click()")
+    assert "page 2 of 8" in text_of(browser, "#matches")
+    assert matches(browser, kind="1", low="1", text="so sampled") == 119
+    assert "evaluationsums, sampled" in text_of(browser, "#detail dl")
+    siblings = "document.querySelectorAll('#detail .siblings button')"
+    assert browser.evaluate(f"{siblings}.length") == 2, "the greedy one is no sample"
+    before = text_of(browser, "#detail dl")
+    browser.evaluate(f"{siblings}[1].click()")
+    assert text_of(browser, "#detail dl") != before
+    assert matches(browser, low="", text="onerror") == 1
+    assert browser.evaluate("document.querySelectorAll('img').length") == 0
+    assert browser.problems() == []

@@ -63,10 +63,17 @@ def test_resume_equals_uninterrupted(parts, seed, before):
 def test_other_weights_or_data_are_refused():
     parts = [Part("a", 3, 1.0), Part("b", 3, 1.0)]
     state = stream(parts, 0).state_dict()
-    with pytest.raises(UserError, match="quotas"):
+    with pytest.raises(
+        UserError, match=r"its share of each set of data\.train, in places of 1,000"
+    ):
         stream([Part("a", 3, 2.0), Part("b", 3, 1.0)], 0).load_state_dict(state)
+    moved = [Part("a", 2, 1.0), Part("b", 4, 1.0)]
+    with pytest.raises(
+        UserError, match=r"sets? of data\.train is \[3, 3\], this run's is \[2, 4\]"
+    ):
+        stream(moved, 0).load_state_dict(state)
     named = PromptStream(6, 2, 0, fingerprint="x")
-    with pytest.raises(UserError, match=r"fingerprint = x, this run has fingerprint = y"):
+    with pytest.raises(UserError, match=r"fingerprint of .* is x, this run's is y"):
         PromptStream(6, 2, 0, fingerprint="y").load_state_dict(named.state_dict())
     # As checkpoints of earlier versions are.
     named.load_state_dict({"position": 4, "num_prompts": 6, "seed": 0})
@@ -76,3 +83,8 @@ def test_other_weights_or_data_are_refused():
 def test_a_weight_below_a_thousandth_is_refused():
     with pytest.raises(UserError, match="the weight of b is below a thousandth"):
         Mixture(["a", "b"], [1.0, 1e-4], 0)
+
+
+def test_weights_beyond_floats_are_refused():
+    with pytest.raises(UserError, match=r"data\.train: the weights 1e\+308, 1e\+308 are too large"):
+        Mixture(["a", "b"], [1e308, 1e308], seed=1)

@@ -67,7 +67,7 @@ def test_epochs_and_seeds_differ():
 
 @pytest.mark.parametrize("other", [PromptStream(9, 2, 0), PromptStream(10, 2, 1)])
 def test_a_state_of_other_data_is_refused(other):
-    with pytest.raises(UserError, match=r"the checkpoint was reading data with (num_prompts|seed)"):
+    with pytest.raises(UserError, match=r"was reading other data: its (number of prompts|seed)"):
         other.load_state_dict(PromptStream(10, 2, 0).state_dict())
 
 

@@ -176,3 +176,20 @@ def test_fingerprints_tell_data_apart(tmp_path):
     same = load_prompts(write(tmp_path / "b.parquet"), DataConfig(), TOKENIZER)
     other = load_prompts(write(tmp_path / "c.json", FLAT[::-1]), DataConfig(), TOKENIZER)
     assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "prompt,answer,answer\nq,1,2\n", r"a\.csv:1: .*'answer' among them"),
+        ("a.csv", "prompt;answer\nq;1\n", r"a\.csv:1: one column, 'prompt;answer', .*';'"),
+        ("a.tsv", "prompt,answer\nq,1\n", r"a\.tsv:1: one column.*a tab"),
+        ("a.json", '{\n "prompt": "q"\n}\n', r"no row can be read; the first .*a\.json:1: not J"),
+    ],
+)
+def test_a_file_that_is_laid_out_otherwise_is_told_as_that(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    skipping = DataConfig(broken_rows="skip")
+    with pytest.raises(UserError, match=message):
+        load_prompts(path, skipping, TOKENIZER)

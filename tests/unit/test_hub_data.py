@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -63,3 +64,14 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'nested_reft_mcore\[hub\]'"):
         list(read_rows(DataSource(hub="acme/sums")))
+
+
+def test_a_hub_that_does_not_answer_is_told_at_once(monkeypatch):
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Nobody listens there.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"acme/sums@train: http://127.*HF_HUB_OFFLINE=1 takes"):
+        list(read_rows(DataSource(hub="acme/sums")))
+    assert time.monotonic() - started < 15, "it was asked again and again"

@@ -33,6 +33,16 @@ def picky(item):
         raise ValueError("I will not")
     return 1.0
 
+def broken(item):
+    return 1.0 / 0.0
+
+CALLS = []
+
+def moody(item):
+    CALLS.append(item)
+    assert len(CALLS) <= 8
+    return 1.0
+
 def sees(item):
     assert item.dataset == "math" and item.labels == {"level": "5"} and item.question == "q"
     assert item.num_tokens == 2 and item.is_truncated == (item.completion == "cut")
@@ -112,6 +122,30 @@ def test_each_kind_of_failure_is_told_once(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 8 completions could not be judged and got reward 0: picky: ValueError: I will not"
     ]
+
+
+def test_a_first_batch_that_fails_whole_ends_the_run_on_every_replica(monkeypatch):
+    """A reward that fails on everything gives 0 to everything, and nothing is learnt from that."""
+
+    def judge(context: ParallelContext) -> str:
+        with (
+            pytest.raises(UserError) as refusal,
+            Judge(rewards(("broken", 1.0), ("members", 1.0)), context) as judge,
+        ):
+            judge(share_of(context))
+        return str(refusal.value)
+
+    first, second = on_replicas(2, judge, monkeypatch)
+    assert first == second
+    assert "none of the first 8 completions could be judged" in first
+    assert "broken: ZeroDivisionError: float division by zero" in first
+
+
+def test_a_later_batch_may_fail_whole():
+    with Judge(rewards(("moody", 1.0)), CONTEXT) as judge:
+        assert judge(share_of(CONTEXT)).tolist() == [1.0] * 8
+        assert judge(share_of(CONTEXT)).tolist() == [0.0] * 8
+        assert judge.metrics()["reward/errors"] == 8.0
 
 
 def test_a_reward_that_cannot_be_imported_stops_every_replica_before_the_first_step(monkeypatch):

@@ -127,6 +127,30 @@ def test_a_wrong_template_names_file_and_row(tmp_path, file):
         load_prompts(file, gone, piece)
 
 
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [
+        ("Solve it.", "the question"),
+        ("{{ messages[0].content }}", "the question"),
+        ("{{ messages[-1].content }}", "the examples of data.few_shot"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "system_prompt"),
+    ],
+)
+def test_a_template_that_leaves_a_message_out_is_refused(tmp_path, file, template, left_out):
+    path = tmp_path / "chat.jinja"
+    path.write_text(template)
+    config = DataConfig(template="chat", template_path=str(path))
+    more = {"few_shot": shots(tmp_path), "num_few_shot": 1}
+    if left_out == "system_prompt":
+        more["system_prompt"] = "S"
+    piece = load_tokenizer(save_sentencepiece(tmp_path / "tiny.model"))
+    with pytest.raises(UserError, match=rf"data\.jsonl:1: .* leaves out .*{left_out}"):
+        load_prompts(file, config.model_copy(update=more), piece)
+    # What an example's answer says may be cut, as templates cut thoughts.
+    path.write_text("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}")
+    assert len(load_prompts(file, config.model_copy(update=more), piece)) == 3
+
+
 def test_a_plain_prompt_may_begin_with_the_beginning_of_sequence(tmp_path, file):
     piece = load_tokenizer(save_sentencepiece(tmp_path / "tiny.model"))
     plain = load_prompts(file, DataConfig(), piece)[0].token_ids

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import zlib
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from nested_reft_mcore.report.builder import build_page
 from nested_reft_mcore.report.page import packed, render_page
+from nested_reft_mcore.report.page_data import rollouts_data
 from nested_reft_mcore.report.rollout_files import RolloutEntry, index_rollouts
 from nested_reft_mcore.report.run_record import read_runs
-from nested_reft_mcore.report.selection import MEASURES, kept_counts, select, weight
+from nested_reft_mcore.report.selection import MEASURES, kept_counts, select, select_both, weight
 from nested_reft_mcore.report.tokens import token_lengths, utf16_length
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -207,3 +209,54 @@ def test_a_template_without_its_marks_is_an_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("nested_reft_mcore.report.page._asset", lambda name: "<html>")
     with pytest.raises(ValueError, match="no mark for TITLE"):
         render_page("t", {})
+
+
+def evaluated(row: int, sample: int = 0, **more: Any) -> str:
+    """A line as `evaluate` writes it."""
+    line = {"dataset": "sums", "policy": "full", "mode": "greedy", "row": row, "sample": sample}
+    line |= {
+        "source": f"sums.jsonl:{row + 1}",
+        "prompt": f"sum {row}?",
+        "completion": f"it is {row}",
+    }
+    line |= {"answer": str(row), "reward": 1.0, "finish_reason": "stop", "num_tokens": 4}
+    return json.dumps({**line, "labels": {}, **more}) + "\n"
+
+
+def test_completions_of_evaluations_are_found_beside_rollouts(tmp_path: Path):
+    run = tmp_path / "run"
+    write_run(run, 2, 5_000)
+    (run / "evaluation").mkdir()
+    nested = evaluated(1, policy="3,5.mlp", mode="sampled", finish_reason="length")
+    (run / "evaluation" / "step_000002.jsonl").write_text(evaluated(0) + nested + '{"torn')
+    (run / "evaluate").mkdir()
+    (run / "evaluate" / "completions.jsonl").write_text(evaluated(0, reward=0.0))
+    settings = {"weights": {"kind": "checkpoint", "step": 7}}
+    (run / "evaluate" / "metrics.json").write_text(json.dumps({"settings": settings}))
+    index = index_rollouts(run)
+    found = [entry for entry in index.entries if entry.kind]
+    assert [(e.step, e.kind, e.num_tokens, e.failure) for e in found] == [
+        (2, "sums, greedy", 4, ""),
+        (2, "sums, sampled, skip 3,5.mlp", 4, "truncated"),
+        (7, "sums, greedy", 4, ""),
+    ]
+    assert index.num_broken == 1
+    data = rollouts_data(index, index.entries)
+    assert data["counts"]["evaluated"] == [3, 3]
+    assert data["columns"]["completion"][-1] == "it is 0"
+    assert data["columns"]["ratios"][-1] is None
+    plans = [data["plans"][place] for place in data["columns"]["plan"][-3:]]
+    assert plans == ["", "3,5.mlp", ""]
+
+
+def test_neither_training_nor_evaluations_crowd_the_other_out():
+    trained = [entry(step, place) for step in range(1, 101) for place in range(8)]
+    evaluated = [entry(200, place, kind="sums, greedy") for place in range(4000)]
+    budget = weight(trained[0]) * 400
+    shown = select_both(trained + evaluated, budget)
+    counts = Counter(bool(one.kind) for one in shown)
+    assert counts[True] == pytest.approx(80, abs=3), "a fifth of the room"
+    assert counts[False] == pytest.approx(320, abs=3)
+    # Where training leaves room, evaluations take it.
+    few = select_both(trained[:8] + evaluated, budget)
+    assert Counter(bool(one.kind) for one in few)[True] > 380

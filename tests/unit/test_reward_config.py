@@ -73,3 +73,41 @@ def test_a_missing_file_is_found_before_the_start(tmp_path, monkeypatch):
         check_paths(config)
     (tmp_path / "mine.py").write_text("")
     check_paths(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("format", {"style": "box"}, "options of 'format': style is 'box'; expected one of boxed"),
+        ("format", {"pattern": "("}, "is no regular expression"),
+        ("length", {"max_tokens": "9"}, "option max_tokens of 'length': expected a valid integer"),
+        ("exact_match", {"ignore_case": "no"}, "option ignore_case of .* a valid boolean"),
+        ("relative_length", {"correct_by": "nope"}, "options of 'relative_length': .*'nope'"),
+    ],
+)
+def test_a_value_that_every_call_would_refuse_is_refused_once(name, options, message):
+    with pytest.raises(UserError, match=message):
+        load_reward(name, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n1 / 0", r"ZeroDivisionError: division by zero \(.*mine\.py:2\)"),
+        ("import no_such_neighbour", r"mine\.py:1\); modules are found .* on PYTHONPATH"),
+        ("async def judge(item): return 1.0", "is an async function; expected a function that"),
+        ("class judge:\n    def __init__(self, item): ...", "is a class; expected a function that"),
+        ("def judge(item): yield 1.0", "is a generator; expected a function that"),
+        ("judge = 1", "is a int; expected a function"),
+    ],
+)
+def test_a_file_that_gives_no_function_says_where(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_reward(f"{tmp_path / 'mine.py'}:judge")
+
+
+@pytest.mark.parametrize("value", ["1e999", "-1e999"])
+def test_numbers_are_finite(tmp_path, value):
+    with pytest.raises(UserError, match=r"functions\.0\.weight`: expected a finite number"):
+        load(tmp_path, f"reward.functions=[{{name: format, weight: {value}}}]")

@@ -72,7 +72,9 @@ function skippedText(plan) {
 function completionsAt(step) {
   if (!sets.length) return make("p", { class: "muted" }, "Unpacking the rollouts …");
   const rows = sides().map((i) => sets[i].rows.filter((row) => row.step === step));
-  const shared = [...new Set(rows[0].map((row) => row.promptText))].filter((text) => rows[1].some((row) => row.promptText === text));
+  // Completions of training and of each evaluation are compared with their like.
+  const nameOf = (row) => (row.kind ? `${row.kind}: ` : "") + row.promptText;
+  const shared = [...new Set(rows[0].map(nameOf))].filter((name) => rows[1].some((row) => nameOf(row) === name));
   if (!shared.length) {
     const counts = rows.map((some) => some.length).join(" and ");
     return make("p", { class: "muted" }, `The page holds ${counts} rollouts of this step, and none of the same prompt.`);
@@ -82,7 +84,7 @@ function completionsAt(step) {
     ...shared.map((text, i) => new Option(plainText(text).slice(0, 90), i)));
   choice.value = shared.indexOf(compared.prompt);
   return make("div", {}, make("h3", {}, "Completions of the same prompt"), make("label", {}, "prompt ", choice),
-    make("div", { class: "sides" }, ...rows.map((some) => side(some.filter((row) => row.promptText === compared.prompt)))));
+    make("div", { class: "sides" }, ...rows.map((some) => side(some.filter((row) => nameOf(row) === compared.prompt)))));
 }
 
 function side(rows) {

@@ -113,12 +113,13 @@ const FACTS = [
   ["from checkpoint", (run) => run.config["model.checkpoint"], "null"],
   ["layers", (run) => last(run.metrics["nested/num_layers"]) ?? run.config["model.architecture.num_layers"]],
   ["skipping", skipping],
-  ["algorithm", (run) => run.command === "sft" ? null :
+  ["algorithm", (run) => run.command !== "train" ? null :
     ["objective", "rollout_is", "advantage"].map((key) => run.config["algorithm." + key]).filter(Boolean).join(", ")],
-  ["batch", (run) => run.command === "sft" ? run.config["sft.global_batch_size"] :
+  ["batch", (run) => run.command === "evaluate" ? null : run.command === "sft" ? run.config["sft.global_batch_size"] :
     `${run.config["rollout.prompts_per_step"] ?? "?"} prompts × ${run.config["rollout.group_size"] ?? "?"} completions`],
-  ["steps", (run) => `${format(last(run.steps) ?? 0)} of ${run.num_steps ?? "?"}`],
-  ["wall time", (run) => duration((last(run.times) ?? 0) - (first(run.times) ?? 0))],
+  ["weights of step", (run) => (run.command === "evaluate" ? last(run.steps) : null)],
+  ["steps", (run) => run.command === "evaluate" ? null : `${format(last(run.steps) ?? 0)} of ${run.num_steps ?? "?"}`],
+  ["wall time", (run) => run.command === "evaluate" ? null : duration((last(run.times) ?? 0) - (first(run.times) ?? 0))],
   ["time of a step, median", (run) => duration(median(run.metrics["perf/time_per_step"]))],
   ["generated tokens", (run) => format(sum(run.metrics["perf/generated_tokens"]) || null)],
   ["tokens/s generated, median", (run) => format(median(run.metrics["perf/generated_tokens_per_second"]))],

@@ -4,7 +4,7 @@ const FAILURES = { "": "any way", well: "well", failed: "badly, in any way", tru
 const SCALES = [1.02, 1.05, 1.1, 1.25, 1.5, 2, 4, 10];
 const PAGE = 50;
 let sets = [];
-const view = { page: 0, matches: [], chosen: null, scale: null };
+const view = { page: 0, kinds: [], matches: [], chosen: null, scale: null };
 
 // Columns to rows, once; a row knows its run.
 function rowsOf(set, index) {
@@ -25,6 +25,10 @@ function startBrowser(data) {
   if (!all.length) return;
   byId("f-run").append(...(runs.length > 1 ? [new Option("all", "")] : []),
     ...runs.map((run, i) => new Option(run.name, i)));
+  const kinds = [...new Set(all.map((row) => row.kind))].sort();
+  byId("f-kind").append(new Option("all", ""), ...kinds.map((kind, i) => new Option(kind || "training", i)));
+  byId("f-kind").parentElement.hidden = kinds.length < 2;
+  view.kinds = kinds;
   const there = new Set(all.map((row) => row.failure));
   byId("f-failure").append(...Object.entries(FAILURES)
     .filter(([key]) => ["", "well", "failed"].includes(key) || there.has(key)).map(([key, label]) => new Option(label, key)));
@@ -63,7 +67,8 @@ function matching() {
   const failure = value("f-failure"), text = value("f-text").toLowerCase();
   const some = value("f-run") === "" ? sets : [sets[Number(value("f-run"))]];
   const suits = (row) => failure === "" || (failure === "well" ? !row.failure : failure === "failed" ? row.failure : row.failure === failure);
-  return some.flatMap((set) => set.rows).filter((row) =>
+  const kind = value("f-kind") === "" ? null : view.kinds[Number(value("f-kind"))];
+  return some.flatMap((set) => set.rows).filter((row) => (kind == null || row.kind === kind) &&
     row.step >= from && row.step <= to && (row.reward ?? 0) >= low && (row.reward ?? 0) <= high && suits(row) &&
     (!text || row.completion.toLowerCase().includes(text) || row.promptText.toLowerCase().includes(text)))
     .sort((a, b) => ORDERS[value("f-order")](a, b) || a.step - b.step);
@@ -83,6 +88,7 @@ function listRows() {
     { type: "button", "data-row": row.id, "aria-current": String(row === view.chosen), onclick: () => showRollout(row) },
     make("span", { class: "line" }, runs.length > 1 ? make("i", { style: `width:.7rem;height:.7rem;border-radius:2px;background:${colour(row.index)}` }) : null,
       `step ${row.step}`, make("span", { class: "badge" }, rewardText(row)), row.failure ? make("span", { class: "badge failed" }, row.failure) : null,
+      row.kind ? make("span", { class: "badge" }, plainText(row.kind)) : null,
       make("span", {}, `${row.num_tokens} tokens`), make("span", {}, ratioText(row))),
     make("span", { class: "text" }, plainText(row.completion.slice(0, 160)) || "(empty)")))));
   byId("previous").disabled = view.page === 0;
@@ -94,7 +100,7 @@ function listRows() {
 function showRollout(row) {
   view.chosen = row;
   for (const button of byId("list").querySelectorAll("button")) button.setAttribute("aria-current", String(button.dataset.row === row.id));
-  const group = sets[row.index].rows.filter((other) => other.step === row.step && other.prompt_index === row.prompt_index);
+  const group = sets[row.index].rows.filter((other) => other.step === row.step && other.prompt_index === row.prompt_index && other.kind === row.kind);
   byId("detail").replaceChildren(...rolloutParts(row, true), ...(group.length > 1 ? [make("h3", {}, "Other samples of this prompt"),
     make("div", { class: "siblings" }, ...group.map((other) => make("button", { type: "button", "aria-current": String(other === row), onclick: () => showRollout(other) },
       `${other.sample} · ${rewardText(other)}`)))] : []));
@@ -102,13 +108,13 @@ function showRollout(row) {
 
 // What is shown of a rollout: facts, prompt, completion with its scale.
 function rolloutParts(row, withPrompt) {
-  const facts = [["run", plainText(runs[row.index].name)], ["step", `${row.step}, prompt ${row.prompt_index}, sample ${row.sample}`],
+  const facts = [["run", plainText(runs[row.index].name)], ...(row.kind ? [["evaluation", plainText(row.kind)]] : []), ["step", `${row.step}, prompt ${row.prompt_index}, sample ${row.sample}`],
     ["reward", format(row.reward) + (row.advantage == null ? "" : `, advantage ${format(row.advantage)}`)],
     ...(row.components ? [["of it", Object.entries(row.components).map(([name, value]) => `${plainText(name)} ${value == null ? "–" : format(value)}`).join(", ")]] : []),
     ["expected answer", row.answer == null ? "–" : plainText(row.answer)],
     ["ended", row.failure ? `${FAILURES[row.failure]} (${plainText(String(row.reason))})` : plainText(String(row.reason))],
     ["plan skips", plainText(row.planText || "nothing")],
-    ["importance ratio", row.ratios ? `geometric mean ${format(Math.exp(row.mean))}, ${row.num_tokens} tokens` : "not recorded: the rollout was masked, or dumped by an earlier version"],
+    ["importance ratio", row.ratios ? `geometric mean ${format(Math.exp(row.mean))}, ${row.num_tokens} tokens` : row.kind ? `not recorded in an evaluation, ${row.num_tokens} tokens` : "not recorded: the rollout was masked, or dumped by an earlier version"],
     ["source", plainText(row.source || "–")]];
   const list = make("dl", { class: "facts" }, ...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
   const block = make("div", { class: "text-block completion" });
