@@ -46,7 +46,7 @@ def test_dr_grpo_only_centres():
     assert got.dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.3, 1e30, 1e-30])
 @pytest.mark.parametrize("size", [1, 3, 7, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
