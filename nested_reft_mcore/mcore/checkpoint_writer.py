@@ -43,6 +43,10 @@ class OneSidedError(RuntimeError):
     """One process has failed where the others wait for it: it can agree on nothing any more."""
 
 
+class SaveError(RuntimeError):
+    """A process could not write its files; raised on all processes alike."""
+
+
 class CheckpointWriter:
     """Writes one checkpoint: `CheckpointWriter(...)`, `write()`, `publish()`."""
 
@@ -115,7 +119,7 @@ class CheckpointWriter:
         and stops everything by raising.
 
         Raises:
-            RuntimeError: a process could not write; the message names it, and the file.
+            SaveError: a process could not write; the message names it, and the file.
             OneSidedError: this process could not write the index.
         """
         if self._thread is not None:
@@ -125,7 +129,7 @@ class CheckpointWriter:
             if check is not None:
                 # Files may have gone because the run directory has a new owner.
                 on_main(check, self._context)
-            raise RuntimeError(f"{final}: could not be saved: {'; '.join(errors)}")
+            raise SaveError(f"{final}: could not be saved: {'; '.join(errors)}")
         with _one_sided(self._partial):
             for finalize in self._request.finalize_fns:
                 finalize()

@@ -101,8 +101,8 @@ def run_evaluation(
         if context.is_main:
             _show(outputs, config, "was finished before; --restart does it again")
         return ExitCode.OK
-    policy = load_policy(config.model, config.parallel, context, config.seed)
     with Judge(config.reward, context) as judge:
+        policy = load_policy(config.model, config.parallel, context, config.seed)
         progress = _EvaluationProgress(config, context, len(earlier))
         evaluator = Evaluator(
             config,

@@ -45,17 +45,16 @@ class Judge:
         config: RewardConfig,
         context: ParallelContext,
         *,
-        on_dead: Callable[[str], None] | None = None,
         keep_components: bool = False,
     ) -> None:
-        """`on_dead` hears of it when workers that have worked cannot be started any more.
-
-        The rewards of that call are zeros, which the caller has to throw away. Without `on_dead`,
-        or before the first judgement, it is an error. `keep_components` is for who asks for
-        `components`, where there are several functions.
-        """
+        """`keep_components` is for who asks for `components`, where there are several functions."""
         self._context = context
-        self._on_dead = on_dead
+        self.on_dead: Callable[[str], None] | None = None
+        """Hears of it when workers that have worked cannot be started any more.
+
+        The rewards of that call are zeros, which the caller has to throw away. Where it is None, or
+        before the first judgement, it is an error.
+        """
         self._functions = config.weighted
         self._has_judged = False
         self._is_first = True
@@ -187,9 +186,9 @@ class Judge:
         try:
             results = pool.score(items)
         except (UserError, OSError) as error:
-            if self._on_dead is None or not self._has_judged:
+            if self.on_dead is None or not self._has_judged:
                 raise
-            self._on_dead(f"rewards cannot be judged any more: {error}")
+            self.on_dead(f"rewards cannot be judged any more: {error}")
             nothing = (0.0,) * len(self._functions)
             return [RewardResult(0.0, components=nothing) for _ in items]
         self._has_judged = True

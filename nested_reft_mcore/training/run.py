@@ -34,7 +34,7 @@ from nested_reft_mcore.launch.incarnation import (
 from nested_reft_mcore.launch.signals import StopSignals
 from nested_reft_mcore.mcore.agreement import on_main
 from nested_reft_mcore.mcore.checkpoint import load_checkpoint
-from nested_reft_mcore.mcore.checkpoint_writer import OneSidedError
+from nested_reft_mcore.mcore.checkpoint_writer import OneSidedError, SaveError
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
 from nested_reft_mcore.observability.environment import ENVIRONMENT_FILE, write_environment
 from nested_reft_mcore.observability.progress import Progress
@@ -154,6 +154,8 @@ class Run:
                     code = self._come_back_later()
                 except TroubleFound:
                     code = self._stop_in_trouble()
+                except SaveError as error:
+                    code = self._stop_unsaved(error)
         except SupersededError as error:
             if self.context.is_main:
                 _log.error("%s", error)
@@ -169,7 +171,7 @@ class Run:
             TroubleFound: a process cannot go on, and it `may_stop` here.
             StopRequest: a process was asked to stop, and it `may_stop` here.
             SupersededError: the run directory has a new owner.
-            RuntimeError: a checkpoint could not be written.
+            SaveError: a checkpoint could not be written.
         """
         # A step that is done but not recorded yet is the last one, not the next.
         self.lifeline.step = self.state.step + (self.state.owed is None)
@@ -298,21 +300,23 @@ class Run:
             self.lifeline.fail(ExitCode.FAILURE, text, error=error)
             outcome = f"{error}; {self._what_stands()}"
         except (RuntimeError, OSError) as error:
-            self._say(f"{error}")
-            outcome = f"could not be saved; {self._what_stands()}"
-        self._say(f"stopped: {outcome}")
-        for trouble in troubles:
-            self._say(trouble)
+            return self._stop_unsaved(error)
+        self._say(f"stopped: {outcome}", *troubles)
+        return ExitCode.FAILURE
+
+    def _stop_unsaved(self, error: RuntimeError | OSError) -> int:
+        """Say what could not be saved, and what is wrong besides; the exit code."""
+        stopped = f"stopped: could not be saved; {self._what_stands()}"
+        self._say(f"{error}", stopped, *self.trouble.of_all(self.context))
         return ExitCode.FAILURE
 
     def _what_stands(self) -> str:
         newest = self.checkpoints.newest
-        if newest is None:
-            return "there is no checkpoint yet"
-        return f"the checkpoint of step {newest} stands"
+        none = "there is no checkpoint yet"
+        return none if newest is None else f"the checkpoint of step {newest} stands"
 
-    def _say(self, text: str) -> None:
-        if self.context.is_main:
+    def _say(self, *texts: str) -> None:
+        for text in texts if self.context.is_main else ():
             _log.error("%s", text)
 
     def _times(self) -> dict[str, float]:
@@ -390,8 +394,5 @@ class Run:
         if self.context.is_main:
             _log.info("%s: going on after step %d", checkpoint, self.state.step)
             if self.state.step >= self._num_steps:
-                _log.info(
-                    "all %d steps are done; ask for more with %s.num_steps",
-                    self._num_steps,
-                    self._command,
-                )
+                more = f"{self._command}.num_steps"
+                _log.info("all %d steps are done; ask for more with %s", self._num_steps, more)

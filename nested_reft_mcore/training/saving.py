@@ -169,7 +169,7 @@ class RunCheckpoints:
         """Wait for the save in flight, if there is one, and publish it; then drop old ones.
 
         Raises:
-            RuntimeError: a process could not write.
+            SaveError: a process could not write.
             SupersededError: the run directory is somebody else's.
         """
         if self._in_flight is None:

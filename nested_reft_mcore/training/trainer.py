@@ -52,25 +52,21 @@ def train(config: Config, context: ParallelContext, stop: StopSignals) -> int:
         UserError: something that the config names is missing or broken.
         RuntimeError: too many updates in a row were not finite.
     """
-    run = Run(
-        config,
-        context,
-        stop,
-        command="train",
-        optimizer=config.optimizer,
-        num_steps=config.train.num_steps,
-        updates_per_step=config.train.updates_per_step,
-        keep_reference=config.algorithm.kl_loss_coef > 0 or config.algorithm.kl_reward_coef > 0,
-    )
-    if config.checkpoint.export_hf:
-        check_exportable(run.policy.architecture)
-    judge = Judge(
-        config.reward,
-        context,
-        on_dead=run.trouble.note,
-        keep_components=config.logging.dump_rollouts,
-    )
-    with judge:
+    # First, for loading a model may take minutes: its functions may not be importable.
+    with Judge(config.reward, context, keep_components=config.logging.dump_rollouts) as judge:
+        run = Run(
+            config,
+            context,
+            stop,
+            command="train",
+            optimizer=config.optimizer,
+            num_steps=config.train.num_steps,
+            updates_per_step=config.train.updates_per_step,
+            keep_reference=config.algorithm.kl_loss_coef > 0 or config.algorithm.kl_reward_coef > 0,
+        )
+        if config.checkpoint.export_hf:
+            check_exportable(run.policy.architecture)
+        judge.on_dead = run.trouble.note
         return run.to_the_end(partial(_train, run, judge))
 
 

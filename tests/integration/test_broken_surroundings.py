@@ -84,7 +84,12 @@ def full_disk(room: Path) -> None:
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size + 100, size + 100))
     code, _, err = finish(process)
     assert code == 1, err
-    assert re.search(r"full/(metrics|rollouts)\S+: cannot be written: File too large", err), err
+    # Whichever comes first.
+    small, large = (
+        r"(metrics|rollouts)\S+: cannot be written: ",
+        r"checkpoints/\S+ could not be saved: ",
+    )
+    assert re.search(rf"full/({small}|{large}.*)File too large", err), err
     assert re.search(r"could not be saved; the checkpoint of step (\d+) stands", err), err
     assert "Traceback" not in err
     # Without the limit it goes on.

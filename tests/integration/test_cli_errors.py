@@ -156,6 +156,11 @@ def test_sizes_that_do_not_make_the_launched_processes(room):
     assert others == [(2, ""), (2, "")]
 
 
+def test_a_reward_that_is_not_there_is_told_before_a_model_is_built(room):
+    text = refusal("train", "config.yaml", "reward.name=gone:judge", cwd=room)
+    assert "reward: name is 'gone:judge': cannot be imported" in text
+
+
 def test_half_an_environment(room):
     text = refusal("train", "config.yaml", cwd=room, RANK="1")
     assert "WORLD_SIZE, LOCAL_RANK" in text
