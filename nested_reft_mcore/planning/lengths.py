@@ -106,7 +106,7 @@ def length_law(name: str, mean: float, limit: int, spread: float, correlation: f
     Raises:
         UserError: a value that cannot be, no such file, or a line that is no length.
     """
-    if spread < 0:
+    if not 0 <= spread < math.inf:
         raise UserError(f"--length-spread {spread:g}: expected 0 or more")
     if not 0 <= correlation <= 1:
         raise UserError(f"--length-correlation {correlation:g}: expected 0 to 1")

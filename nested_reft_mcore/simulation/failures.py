@@ -40,7 +40,7 @@ class Faults:
         ):
             if not value > 0:
                 raise UserError(f"{name} {value:g}: expected more than 0")
-        if self.restart_seconds < 0:
+        if not 0 <= self.restart_seconds < math.inf:
             raise UserError(f"--restart-minutes {self.restart_seconds / 60:g}: expected 0 or more")
 
 
@@ -210,7 +210,9 @@ def _one_run(
         failures += 1
         # Down until nothing fails for as long as coming back takes.
         back = course.restart
-        while (again := rng.exponential(course.mtbf)) < course.restart:
+        while (
+            failures < _MOST_FAILURES and (again := rng.exponential(course.mtbf)) < course.restart
+        ):
             back += again
             failures += 1
         wall += back

@@ -155,8 +155,10 @@ def _meaning(rows: Sequence[Row]) -> list[str]:
     )
     sampled = any(e["sampled"] is not None for row in rows for e in row["evaluations"])
     lines = [
-        "Times are medians over a run's steps. Speed-ups are ratios at equal generated tokens to "
-        f"the full-depth run of the same size, layout and seed. {spread}",
+        "Times are medians over a run's steps. Speed-ups are ratios of generated tokens a second "
+        "to the full-depth run of the same size, layout and seed; where completions end by "
+        "themselves, runs of one size may write different numbers of tokens: look at the seconds "
+        f"too. {spread}",
     ]
     if any(row["evaluations"] for row in rows):
         kind = "sampled" if sampled else "greedy"

@@ -116,10 +116,13 @@ class AnswerGroup:
         self._open = left
 
     def numbers(self) -> list[int | None]:
-        """Equal numbers for equal answers; right ones are 0, those without an answer None."""
+        """Equal numbers for equal answers; right ones are 0, those without an answer None.
+
+        Also a right one does not vote where no answer can be read: a wrong one like it does not.
+        """
         places = {kind: i for i, kind in enumerate(dict.fromkeys(self._kind_of_text.values()), 1)}
         return [
-            0 if right else None if text is None else places[self._kind_of_text[text]]
+            None if text is None else 0 if right else places[self._kind_of_text[text]]
             for text, right in zip(self._texts, self._is_right, strict=True)
         ]
 

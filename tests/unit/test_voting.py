@@ -66,7 +66,13 @@ def test_the_rewards_own_equality_decides():
 
 
 def test_right_ones_are_one_answer_whatever_they_look_like():
-    assert numbers(("six", "6.0", "6", "7"), [1, 1, 1, 0]) == [0, 0, 0, 1]
+    assert numbers((r"\boxed{six}", "6.0", "6", "7"), [1, 1, 1, 0]) == [0, 0, 0, 1]
+
+
+def test_no_answer_does_not_vote_right_or_wrong():
+    """Else the right one would win against any number of wrong ones that look like it."""
+    wrong, right = r"The answer is $3\pi$.", r"The answer is $2\pi$."
+    assert numbers((wrong, wrong, wrong, right), [0, 0, 0, 1]) == [None] * 4
 
 
 def test_graded_rewards_say_nothing_of_equality():
