@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from collections.abc import Sequence
 
 from nested_reft_mcore.data.prompt import Prompt
 
 _SHOWN = 3
+_SIGNS = re.compile(r"[.,;:?](?!\d)")
 
 _log = logging.getLogger(__name__)
 
@@ -16,8 +18,13 @@ Pair = tuple[Prompt, Prompt]
 
 
 def question_key(text: str) -> str:
-    """A question as it is compared: compatible characters made one, no case, single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """A question as it is compared: compatible characters made one, no case, single spaces.
+
+    Sentences' signs are left out, but not those within numbers: some sets are cut into words, as
+    `left ?` for `left?`, and some leave points out.
+    """
+    plain = _SIGNS.sub(" ", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(plain.split())
 
 
 def find_duplicates(prompts: Sequence[Prompt]) -> list[Pair]:

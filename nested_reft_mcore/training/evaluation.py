@@ -8,6 +8,7 @@ the same at any layout, in any order, and in a part of a set as in the whole.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ from nested_reft_mcore.training.policy_setup import check_room
 from nested_reft_mcore.training.replicas import gather_from_replicas, is_replica_writer
 from nested_reft_mcore.training.sampling import build_engine
 from nested_reft_mcore.training.voting import AnswerVotes
+
+_log = logging.getLogger(__name__)
 
 _MOST_LOGPROBS = 1 << 26
 """Of completions in one generation; it keeps one for every token that there could be."""
@@ -101,6 +104,12 @@ class Evaluator:
         self._decoder = PolicyDecoder(policy)
         self._judge = judge
         self._votes = AnswerVotes(config.reward)
+        if policy.context.is_main and len(config.reward.weighted) > 1:
+            _log.warning(
+                "evaluations give the weighted sum of %d reward functions, which is no accuracy; "
+                "`evaluate` with the one that says what is right gives that",
+                len(config.reward.weighted),
+            )
         self._engine = build_engine(config.rollout)
         self.questions = questions if questions is not None else load_questions(config, tokenizer)
         self.prompts = tuple(question.prompt for question in self.questions)

@@ -28,6 +28,9 @@ def prompt(question, source=""):
 
 def test_questions_are_compared_without_case_spacing_and_forms_of_characters():
     assert question_key(" What\tis\n\uff11 + 2 ?") == question_key("what IS 1 + 2 ?")
+    assert question_key("The bus . Who is left ?") == question_key("the bus Who is left?")
+    assert question_key("is 1.5 so?") != question_key("is 15 so?")
+    assert question_key("Compute 5!.") != question_key("Compute 5.")
     assert question_key("1 + 2") != question_key("1 + 3")
 
 
