@@ -56,7 +56,7 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(table)
             most = max(len(rows) for rows in arms.values())
-            least = MANY_SEEDS if most >= MANY_SEEDS else LEAST_PAIRS
+            least = MANY_SEEDS if most >= MANY_SEEDS else min(LEAST_PAIRS, most)
             shown = arguments.arm or [name for name, rows in arms.items() if len(rows) >= least]
             draw({name: arms[name] for name in shown}, arguments.output, path.stem)
 
