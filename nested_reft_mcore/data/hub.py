@@ -35,15 +35,13 @@ def _load(source: DataSource) -> Any:
             f"{source.place}: data sets of the hub need `datasets`, which is not installed: pip "
             "install 'nested_reft_mcore[hub]'"
         ) from error
+    if not Path(source.hub).exists():
+        _check_hub(source)
     try:
-        if not Path(source.hub).exists():
-            _check_hub(source)
         if _was_saved(Path(source.hub)):
             found = datasets.load_from_disk(source.hub)
             return found[source.split] if isinstance(found, datasets.DatasetDict) else found
         return datasets.load_dataset(source.hub, source.subset, split=source.split)
-    except UserError:
-        raise
     except KeyError as error:
         raise UserError(f"{source.place}: no split {error}") from error
     except Exception as error:  # datasets, its readers and the network raise what they like

@@ -155,7 +155,7 @@ class Run:
                 except TroubleFound:
                     code = self._stop_in_trouble()
                 except SaveError as error:
-                    code = self._stop_unsaved(error)
+                    code = self._stop_unsaved(error, self.trouble.of_all(self.context))
         except SupersededError as error:
             if self.context.is_main:
                 _log.error("%s", error)
@@ -300,14 +300,14 @@ class Run:
             self.lifeline.fail(ExitCode.FAILURE, text, error=error)
             outcome = f"{error}; {self._what_stands()}"
         except (RuntimeError, OSError) as error:
-            return self._stop_unsaved(error)
+            return self._stop_unsaved(error, troubles)
         self._say(f"stopped: {outcome}", *troubles)
         return ExitCode.FAILURE
 
-    def _stop_unsaved(self, error: RuntimeError | OSError) -> int:
+    def _stop_unsaved(self, error: RuntimeError | OSError, troubles: list[str]) -> int:
         """Say what could not be saved, and what is wrong besides; the exit code."""
         stopped = f"stopped: could not be saved; {self._what_stands()}"
-        self._say(f"{error}", stopped, *self.trouble.of_all(self.context))
+        self._say(f"{error}", stopped, *troubles)
         return ExitCode.FAILURE
 
     def _what_stands(self) -> str:
