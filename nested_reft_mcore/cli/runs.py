@@ -97,14 +97,15 @@ def _run(
     check_batches: Callable[[Config, int], None] | None = None,
 ) -> int:
     """Read and check the configuration, then do `work`; with batches to split, it heeds signals."""
+    trains = check_batches is not None
 
     def make() -> Job:
         config = load_config(path, overrides)
-        check_paths(config)
+        check_paths(config, trains=trains)
         architecture = model_architecture(config.model)
         check_architecture(architecture, model_source(config.model))
         check_depth(config, architecture.num_layers)
-        if config.nested.law == "sensitivity":
+        if trains and config.nested.law == "sensitivity":
             read_sensitivity(config.nested, architecture)
         check(config)
         for text in config.evaluation.skip_layers:
@@ -117,9 +118,9 @@ def _run(
             seed=config.seed,
             log_dir=_log_dir(config),
             log_level=config.logging.level,
-            stoppable=check_batches is not None,
+            stoppable=trains,
             launch=config.launch,
-            needs=needs_of(config, architecture) if check_batches is not None else None,
+            needs=needs_of(config, architecture) if trains else None,
             preflight=config.launch.preflight,
         )
 

@@ -11,7 +11,7 @@ from nested_reft_mcore.config.data import check_data, data_paths, eval_sources, 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.nested import check_nested, check_protected, num_skipped
 from nested_reft_mcore.config.replay import check_replay
-from nested_reft_mcore.config.rewards import check_reward, check_reward_files
+from nested_reft_mcore.config.rewards import check_reward, check_reward_files, evaluated_place
 from nested_reft_mcore.config.schema import (
     Config,
     ModelConfig,
@@ -37,6 +37,7 @@ def check_config(config: Config) -> None:
     check_nested(config)
     check_controller(config)
     check_reward(config.reward)
+    evaluated_place(config.reward, config.evaluation.reward)
     _check_sft(config)
     _check_objective(config)
     _check_steps(config)
@@ -90,8 +91,10 @@ def check_for_evaluation(config: Config) -> None:
         raise UserError("data.eval_path is missing: `evaluate` needs held-out prompts")
 
 
-def check_paths(config: Config) -> None:
+def check_paths(config: Config, *, trains: bool = True) -> None:
     """Refuse input files and directories that are not there.
+
+    What only training reads is not looked at unless the command `trains`.
 
     Raises:
         UserError: names the option, the path, and where relative paths start.
@@ -102,6 +105,8 @@ def check_paths(config: Config) -> None:
         "nested.sensitivity_path": config.nested.sensitivity_path,
     }
     for key, path in paths.items():
+        if not trains and key.startswith(("data.train", "rollout.", "nested.")):
+            continue
         if path is not None and not Path(path).exists():
             raise UserError(f"{key}: {path} does not exist (taken from {Path.cwd()})")
     check_reward_files(config.reward)

@@ -23,6 +23,13 @@ REWARD_NAMES = (
     "relative_length",
 )
 """Rewards that are known by name alone; `rewards.registry` has their modules."""
+COMPARING_REWARDS = ("math_verify", "numeric_match", "multiple_choice", "exact_match")
+"""Rewards that say whether a completion gives a certain answer, and so whether two answers are
+equal: 0 or 1, whose mean is an accuracy."""
+SHAPING_REWARDS = ("format", "length", "relative_length")
+"""Rewards that say nothing about the answer."""
+WEIGHTED_SUM = "weighted_sum"
+"""Name of the figures of an evaluation by all reward functions together."""
 _OWN_FUNCTION = re.compile(r"(?:[^:]+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
 _LABEL = re.compile(r"[\w.-]+")
 
@@ -71,6 +78,39 @@ class RewardConfig(Section):
     def weighted(self) -> tuple[RewardFunctionConfig, ...]:
         """The functions, also where only `name` or nothing is given; at least one."""
         return self.functions or (RewardFunctionConfig(name=self.name or DEFAULT_REWARD),)
+
+
+def evaluated_place(reward: RewardConfig, label: str | None) -> int | None:
+    """Which of `reward.weighted` evaluations judge by; None for the weighted sum of all.
+
+    The one that `label` (`evaluation.reward`) names; without it the only function, or else the only
+    one that compares answers.
+
+    Raises:
+        UserError: no function has this label.
+    """
+    functions = reward.weighted
+    labels = [function.metric_name for function in functions]
+    if label is not None:
+        if label not in labels:
+            raise UserError(f"evaluation.reward={label}; expected one of {', '.join(labels)}")
+        return labels.index(label)
+    if len(functions) == 1:
+        return 0
+    comparing = [i for i, one in enumerate(functions) if one.name in COMPARING_REWARDS]
+    return comparing[0] if len(comparing) == 1 else None
+
+
+def evaluated_measure(reward: RewardConfig, label: str | None) -> str:
+    """What the figures of evaluations are called in metrics: `reward` where it is an accuracy.
+
+    Else the label of the reward that says nothing about the answer, or `weighted_sum`.
+    """
+    place = evaluated_place(reward, label)
+    if place is None:
+        return WEIGHTED_SUM
+    chosen = reward.weighted[place]
+    return chosen.metric_name if chosen.name in SHAPING_REWARDS else "reward"
 
 
 def check_reward(reward: RewardConfig) -> None:

@@ -283,6 +283,8 @@ class EvaluationConfig(Section):
     """Use n prompts of each set, evenly spread over it."""
     num_samples: int = Field(default=1, ge=0)
     """Sampled completions of each prompt, beside the greedy one."""
+    reward: str | None = None
+    """Label of the function that tells what is right; by default the one that compares answers."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the sampled completions."""
     top_k: int | None = Field(default=None, gt=0)

@@ -61,7 +61,7 @@ def save_figures(runs: Sequence[RunRecord], directory: Path) -> list[Path]:
         sheet.save(
             f"accuracy_{name}",
             lambda axes, m=metric, of=of_runs: _accuracy(axes, runs, m, of),
-            f"accuracy, {metric.rpartition('/')[2]}",
+            f"{_measure(metric)}, {metric.rpartition('/')[2]}",
         )
     for run in runs:
         stem = run.name.replace("/", "_")
@@ -70,6 +70,13 @@ def save_figures(runs: Sequence[RunRecord], directory: Path) -> list[Path]:
         if any(plan not in ("", "none") for plan in run.plans.values()):
             sheet.save(f"layers_{stem}", lambda axes, r=run: _layers(axes, r), "layer", False)
     return sheet.made
+
+
+def _measure(metric: str) -> str:
+    """`val-core/<set>/<measure>/<statistic>`; a mean `reward` is an accuracy."""
+    parts = metric.split("/")
+    kind = parts[2] if len(parts) > 3 else "reward"
+    return "accuracy" if kind == "reward" else kind
 
 
 class _Sheet:

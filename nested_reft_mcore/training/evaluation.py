@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.config.rewards import evaluated_measure, evaluated_place
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.data.tokenizers import Tokenizer
 from nested_reft_mcore.mcore.agreement import on_main
 from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.model import Policy
+from nested_reft_mcore.rewards.base import RewardResult
 from nested_reft_mcore.rollout.completion import Completion
 from nested_reft_mcore.rollout.generation import GenerationInterrupted
 from nested_reft_mcore.rollout.memory import MOST_SLOTS
@@ -42,7 +44,7 @@ from nested_reft_mcore.training.evaluation_setup import (
     evaluation_sampling,
     load_questions,
 )
-from nested_reft_mcore.training.judge import Judge, values_of
+from nested_reft_mcore.training.judge import Judge
 from nested_reft_mcore.training.policy_setup import check_room
 from nested_reft_mcore.training.replicas import gather_from_replicas, is_replica_writer
 from nested_reft_mcore.training.sampling import build_engine
@@ -103,12 +105,15 @@ class Evaluator:
         self._policy = policy
         self._decoder = PolicyDecoder(policy)
         self._judge = judge
-        self._votes = AnswerVotes(config.reward)
-        if policy.context.is_main and len(config.reward.weighted) > 1:
+        self._judged_by = evaluated_place(config.reward, config.evaluation.reward)
+        self._measure = evaluated_measure(config.reward, config.evaluation.reward)
+        self._labels = [function.metric_name for function in config.reward.weighted]
+        self._votes = AnswerVotes(config.reward, self._judged_by)
+        if policy.context.is_main and self._judged_by is None:
             _log.warning(
-                "evaluations give the weighted sum of %d reward functions, which is no accuracy; "
-                "`evaluate` with the one that says what is right gives that",
-                len(config.reward.weighted),
+                "evaluations give the weighted sum of %s, which is no accuracy; evaluation.reward "
+                "chooses the one that says what is right",
+                ", ".join(self._labels),
             )
         self._engine = build_engine(config.rollout)
         self.questions = questions if questions is not None else load_questions(config, tokenizer)
@@ -154,14 +159,14 @@ class Evaluator:
             for task in self.tasks:
                 old = [one for one in earlier if one.task == task]
                 batch = self._complete(task, old, writer)
-                rewards = values_of(self._judge.results(batch)).tolist()
+                results = self._judge.results(batch)
                 speeds = gather_from_replicas(
                     (batch.stats.generated_tokens, batch.stats.seconds), context
                 )
                 tokens[task] = sum(count for count, _ in speeds)
                 seconds[task] = max(time for _, time in speeds)
                 if is_replica_writer(context):
-                    rows += self._gather(self._rows(task, batch, rewards))
+                    rows += self._gather(self._rows(task, batch, results))
         self._check()
         places = {(q.prompt.dataset, q.row): i for i, q in enumerate(self.questions)}
         rows.sort(key=lambda row: (places[row.judged.dataset, row.judged.row], row.judged.sample))
@@ -171,7 +176,8 @@ class Evaluator:
                 completions_path.parent.mkdir(parents=True, exist_ok=True)
                 text = "".join(row.line for row in rows)
                 completions_path.write_text(text, encoding="utf-8")
-        figures = all_figures(row.judged for row in rows) if context.is_main else []
+        judged = [row.judged for row in rows]
+        figures = all_figures(judged, self._measure) if context.is_main else []
         metrics = on_main(lambda: self._metrics(figures), context)
         return Evaluation(metrics, figures, tokens, seconds)
 
@@ -270,13 +276,25 @@ class Evaluator:
             text=self._tokenizer.decode(completion.token_ids),
         )
 
-    def _rows(self, task: Task, batch: RolloutBatch, rewards: Sequence[float]) -> list[_Row]:
+    def _rows(self, task: Task, batch: RolloutBatch, results: Sequence[RewardResult]) -> list[_Row]:
         rows_of = {question.key: question.row for question in self.questions}
+        place = self._judged_by
+        rewards = [one.value if place is None else one.components[place] for one in results]
         answers = self._votes(batch, rewards)
-        return [
-            _Row.of(task, rows_of[rollout.prompt_index], rollout, reward, answer)
-            for rollout, reward, answer in zip(batch.rollouts, rewards, answers, strict=True)
+        verdicts = [
+            (reward, self._components(result))
+            for reward, result in zip(rewards, results, strict=True)
         ]
+        return [
+            _Row.of(task, rows_of[rollout.prompt_index], rollout, verdict, answer)
+            for rollout, verdict, answer in zip(batch.rollouts, verdicts, answers, strict=True)
+        ]
+
+    def _components(self, result: RewardResult) -> dict[str, float] | None:
+        """What each of several functions gave, by its label."""
+        if len(self._labels) == 1:
+            return None
+        return dict(zip(self._labels, result.components, strict=True))
 
     def _gather(self, mine: list[_Row]) -> list[_Row]:
         """Those of all replicas, on rank 0, in messages that fit into memory."""
@@ -303,8 +321,16 @@ class _Row:
     line: str
 
     @classmethod
-    def of(cls, task: Task, row: int, rollout: Rollout, reward: float, answer: int | None) -> _Row:
-        prompt = rollout.prompt
+    def of(
+        cls,
+        task: Task,
+        row: int,
+        rollout: Rollout,
+        verdict: tuple[float, dict[str, float] | None],
+        answer: int | None,
+    ) -> _Row:
+        """`verdict` is the reward, and what each of several functions gave."""
+        prompt, (reward, components) = rollout.prompt, verdict
         judged = JudgedCompletion(
             policy=task.policy,
             mode=task.mode,
@@ -332,4 +358,6 @@ class _Row:
             "num_tokens": len(rollout.token_ids),
             "labels": dict(prompt.labels),
         }
+        if components is not None:
+            line["components"] = components
         return cls(judged, json.dumps(line, ensure_ascii=False) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from nested_reft_mcore.algorithm.accuracy import (
@@ -66,9 +66,11 @@ class Figures:
     """Share of completions that were cut off, by the same."""
     change: Mapping[str, Estimate] = field(default_factory=dict)
     """This policy minus the full one on the same prompts, paired; of policies that skip."""
+    measure: str = "reward"
+    """What was measured: `reward` is an accuracy, any other name (`weighted_sum`) is none."""
 
     def metrics(self) -> dict[str, float]:
-        """Flat, as they are logged: `val-core/<set>/reward/<statistic>`, the rest `val-aux/...`.
+        """Flat, as they are logged: `val-core/<set>/<measure>/<statistic>`, else `val-aux/...`.
 
         Ends of intervals have `/low` and `/high` after the name of what they belong to.
 
@@ -79,9 +81,9 @@ class Figures:
         aux = f"val-aux/{name}" + (f"/{self.part}" if self.part else "")
         found = {f"{aux}/num_prompts": float(self.num_prompts)}
         for statistic, estimate in self.estimates.items():
-            found[f"{core}/reward/{statistic}"] = estimate.value
-            found[f"{core}/reward/{statistic}/low"] = estimate.low
-            found[f"{core}/reward/{statistic}/high"] = estimate.high
+            found[f"{core}/{self.measure}/{statistic}"] = estimate.value
+            found[f"{core}/{self.measure}/{statistic}/low"] = estimate.low
+            found[f"{core}/{self.measure}/{statistic}/high"] = estimate.high
         for statistic, estimate in self.change.items():
             found[f"{aux}/change/{statistic}"] = estimate.value
             found[f"{aux}/change/{statistic}/low"] = estimate.low
@@ -91,8 +93,10 @@ class Figures:
         return found
 
 
-def all_figures(completions: Iterable[JudgedCompletion]) -> list[Figures]:
+def all_figures(completions: Iterable[JudgedCompletion], measure: str = "reward") -> list[Figures]:
     """Figures of every set, policy and label; sets and policies in the order that they come in.
+
+    `measure` says what the completions' `reward` is.
 
     Every prompt has to have as many completions as the others of its set, policy and mode.
     """
@@ -109,7 +113,7 @@ def all_figures(completions: Iterable[JudgedCompletion]) -> list[Figures]:
                     full = values
                 change = _changes(values, full) if policy != FULL and full is not None else {}
                 found.append(_figures(dataset, policy, part, chosen, values, change))
-    return found
+    return [replace(one, measure=measure) for one in found]
 
 
 def pass_at_k_of(num_samples: int) -> list[int]:

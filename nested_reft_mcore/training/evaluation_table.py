@@ -15,12 +15,12 @@ _WIDTH = 160
 
 
 def print_figures(figures: Sequence[Figures]) -> None:
-    """One row a set, policy and label, in percent with 95% intervals."""
+    """One row a set, policy and label, with 95% intervals; accuracies are in percent."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
     statistics = list(dict.fromkeys(name for one in figures for name in one.estimates))
-    table = Table(box=SIMPLE, caption=_CAPTION, caption_justify="left", pad_edge=False)
+    table = Table(box=SIMPLE, caption=_caption(figures), caption_justify="left", pad_edge=False)
     table.add_column("set")
     table.add_column("policy")
     table.add_column("prompts", justify="right")
@@ -38,18 +38,22 @@ def print_figures(figures: Sequence[Figures]) -> None:
         console.print(_changes(changed))
 
 
-_CAPTION = (
-    "percent [95% interval over prompts]; avg, maj and pass over the samples of a prompt; tokens "
-    "and cut off: greedy, or of samples after a slash"
-)
+def _caption(figures: Sequence[Figures]) -> str:
+    measures = ", ".join(dict.fromkeys(one.measure for one in figures))
+    unit = "percent" if measures == "reward" else f"{measures}, which is no accuracy,"
+    return (
+        f"{unit} [95% interval over prompts]; avg, maj and pass over the samples of a prompt; "
+        "tokens and cut off: greedy, or of samples after a slash"
+    )
 
 
 def _changes(figures: Sequence[Figures]) -> Table:
     """What skipping costs, on the same prompts with the same random numbers."""
     statistics = list(dict.fromkeys(name for one in figures for name in one.change))
+    unit = ", points" if figures[0].measure == "reward" else ""
     table = Table(
         box=SIMPLE,
-        title="skipping minus full, points [95% interval, paired by prompt]",
+        title=f"skipping minus full{unit} [95% interval, paired by prompt]",
         title_justify="left",
         pad_edge=False,
     )
@@ -58,7 +62,7 @@ def _changes(figures: Sequence[Figures]) -> Table:
     for name in statistics:
         table.add_column(heading(name), justify="right")
     for one in figures:
-        cells = [_points(one.change[name]) if name in one.change else "" for name in statistics]
+        cells = [_change(one, name) if name in one.change else "" for name in statistics]
         table.add_row(one.dataset, one.policy, *cells)
     return table
 
@@ -78,17 +82,23 @@ def _cells(one: Figures, statistics: Sequence[str]) -> list[str]:
         f"  {one.part}" if one.part else one.dataset,
         policy,
         str(one.num_prompts),
-        *(_percent(one.estimates[name]) if name in one.estimates else "" for name in statistics),
+        *(_value(one, name) if name in one.estimates else "" for name in statistics),
         "/".join(f"{value:.0f}" for value in one.response_length.values()),
         "/".join(f"{value:.1%}" for value in one.clip_ratio.values()),
     ]
 
 
-def _percent(estimate: Estimate) -> str:
-    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+def _value(one: Figures, statistic: str) -> str:
+    return _interval(one.estimates[statistic], one.measure, "")
 
 
-def _points(estimate: Estimate) -> str:
-    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+def _change(one: Figures, statistic: str) -> str:
+    return _interval(one.change[statistic], one.measure, "+")
+
+
+def _interval(estimate: Estimate, measure: str, sign: str) -> str:
+    scale, form = (100, f"{sign}.1f") if measure == "reward" else (1, f"{sign}.3f")
+    value, low, high = (
+        format(scale * x, form) for x in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"{value} [{low}, {high}]"

@@ -52,7 +52,6 @@ from nested_reft_mcore.training.state import RunState, StopRequest, Trouble, Tro
 
 _log = logging.getLogger(__name__)
 
-
 _RUN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE)
 """What of a run directory also goes into each checkpoint, beside the metrics."""
 
@@ -147,15 +146,19 @@ class Run:
         try:
             with self:
                 try:
-                    code = loop()
-                    self._finish_saving()
-                    self._agree_on_trouble()
-                except StopRequest:
-                    code = self._come_back_later()
+                    try:
+                        code = loop()
+                        self._finish_saving()
+                        if any_process((self.trouble.text is not None,), self.context)[0]:
+                            raise TroubleFound
+                    except StopRequest:
+                        code = self._come_back_later()
                 except TroubleFound:
                     code = self._stop_in_trouble()
                 except SaveError as error:
                     code = self._stop_unsaved(error, self.trouble.of_all(self.context))
+                except OneSidedError as error:
+                    code = self._stop_alone(error, [])
         except SupersededError as error:
             if self.context.is_main:
                 _log.error("%s", error)
@@ -284,10 +287,6 @@ class Run:
             self.save()
             self._finish_saving()
 
-    def _agree_on_trouble(self) -> None:
-        if any_process((self.trouble.text is not None,), self.context)[0]:
-            raise TroubleFound
-
     def _stop_in_trouble(self) -> int:
         """Save if that is possible, and say what is wrong, and where; the exit code."""
         troubles = self.trouble.of_all(self.context)
@@ -295,19 +294,22 @@ class Run:
             self._save_all()
             outcome = f"saved after step {self.state.step}; the same command goes on from there"
         except OneSidedError as error:
-            # The others wait for this process, and are ended with it.
-            text = "; ".join([str(error), self._what_stands(), *troubles])
-            self.lifeline.fail(ExitCode.FAILURE, text, error=error)
-            outcome = f"{error}; {self._what_stands()}"
+            return self._stop_alone(error, troubles)
         except (RuntimeError, OSError) as error:
             return self._stop_unsaved(error, troubles)
         self._say(f"stopped: {outcome}", *troubles)
         return ExitCode.FAILURE
 
+    def _stop_alone(self, error: OneSidedError, troubles: list[str]) -> int:
+        """Say what could not be saved; the others wait for this process, and are ended with it."""
+        text = "; ".join([str(error), self._what_stands(), *troubles])
+        self.lifeline.fail(ExitCode.FAILURE, text, error=error)
+        self._say(f"stopped: {error}; {self._what_stands()}", *troubles)
+        return ExitCode.FAILURE
+
     def _stop_unsaved(self, error: RuntimeError | OSError, troubles: list[str]) -> int:
         """Say what could not be saved, and what is wrong besides; the exit code."""
-        stopped = f"stopped: could not be saved; {self._what_stands()}"
-        self._say(f"{error}", stopped, *troubles)
+        self._say(f"{error}", f"stopped: could not be saved; {self._what_stands()}", *troubles)
         return ExitCode.FAILURE
 
     def _what_stands(self) -> str:

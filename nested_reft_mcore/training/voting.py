@@ -7,7 +7,11 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.config.rewards import RewardConfig, RewardFunctionConfig
+from nested_reft_mcore.config.rewards import (
+    COMPARING_REWARDS,
+    RewardConfig,
+    RewardFunctionConfig,
+)
 from nested_reft_mcore.rewards.base import RewardItem
 from nested_reft_mcore.rewards.final_answer import final_answer, last_box
 from nested_reft_mcore.rewards.numeric_match import final_number
@@ -17,9 +21,6 @@ from nested_reft_mcore.rollout.types import Rollout, RolloutBatch
 _log = logging.getLogger(__name__)
 
 NUMERIC_REWARDS = ("math_verify", "numeric_match")
-COMPARING_REWARDS = (*NUMERIC_REWARDS, "multiple_choice", "exact_match")
-"""Rewards that say whether a completion gives a certain answer, and so whether two answers are
-equal. Under any other reward answers are equal where their texts are."""
 
 MAX_ANSWER_CHARACTERS = 400
 """Longer ones are nobody's answer, and are cut."""
@@ -30,9 +31,10 @@ Same = Callable[[Sequence[RewardItem]], list[bool]]
 class AnswerVotes:
     """Numbers equal answers alike. A context manager: it may have to start reward workers."""
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, judged_by: int | None = None) -> None:
+        """`judged_by` is the place in `config.weighted` of the reward that says what is right."""
         self._config = config
-        self._reward = comparing_reward(config)
+        self._reward = comparing_reward(config, judged_by)
         self._pool: RewardPool | None = None
 
     def __enter__(self) -> AnswerVotes:
@@ -155,9 +157,15 @@ def answer_text(text: str, reads_numbers: bool) -> str | None:
     return None if number is None else f"{number.value}{'%' if number.is_percentage else ''}"
 
 
-def comparing_reward(config: RewardConfig) -> RewardFunctionConfig | None:
-    """The first reward of the configuration that compares answers, unweighted; None without."""
-    for function in config.weighted:
+def comparing_reward(
+    config: RewardConfig, judged_by: int | None = None
+) -> RewardFunctionConfig | None:
+    """A reward that compares answers, unweighted: the one judged by, or the first; None without.
+
+    Under any other reward answers are equal where their texts are.
+    """
+    chosen = () if judged_by is None else (config.weighted[judged_by],)
+    for function in (*chosen, *config.weighted):
         if function.name in COMPARING_REWARDS:
             return function.model_copy(update={"weight": 1.0})
     return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import resource
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -31,13 +33,14 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def faults(room: Path) -> Iterator[dict[str, Future[None]]]:
     """All of them side by side: they mostly wait."""
-    drills = (no_rollouts, full_disk, full_for_one, spoilt_line, dead_rewards)
+    drills = (no_rollouts, full_disk, full_at_stop, full_for_one, spoilt_line, dead_rewards)
     with ThreadPoolExecutor() as pool:
         yield {drill.__name__: pool.submit(drill, room) for drill in drills}
 
 
 @pytest.mark.parametrize(
-    "name", ["no_rollouts", "full_disk", "full_for_one", "spoilt_line", "dead_rewards"]
+    "name",
+    ["no_rollouts", "full_disk", "full_at_stop", "full_for_one", "spoilt_line", "dead_rewards"],
 )
 def test_the_run_saves_and_stops_or_goes_on(faults: dict[str, Future[None]], name: str) -> None:
     faults[name].result()
@@ -99,6 +102,23 @@ def full_disk(room: Path) -> None:
     assert f"going on after step {newest}" in err
 
 
+def full_at_stop(room: Path) -> None:
+    """Asked to stop, it has nothing to come back to: no checkpoint can be written."""
+    run_dir = room / "stopped"
+    command = train("stopped", "train.num_steps=100000", "checkpoint.interval=0")
+    process = start(room, *command)
+    wait_until(process, lambda: len(metrics_of(run_dir)) > 1)
+    # Room for many lines of metrics, and for no weights.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    process.send_signal(signal.SIGUSR1)
+    code, _, err = finish(process)
+    assert code == 1, err
+    assert re.search(r"could not be saved: .*File too large", err), err
+    assert "stopped: could not be saved; there is no checkpoint yet" in err
+    assert "Traceback" not in err
+    assert not (run_dir / "requeue").exists()
+
+
 def full_for_one(room: Path) -> None:
     """Rank 0 cannot write what goes first into a checkpoint, while the other waits for it."""
     command = train("one", "train.num_steps=100000", PIPELINE, "checkpoint.interval=0")
@@ -146,8 +166,10 @@ if "nested_reft_mcore.rewards.worker" in " ".join(sys.orig_argv) and os.path.exi
 
 def kill_rewards(process: subprocess.Popen[str]) -> None:
     for child in psutil.Process(process.pid).children(recursive=True):
-        if "nested_reft_mcore.rewards.worker" in " ".join(child.cmdline()):
-            child.kill()
+        # Some leave at any moment.
+        with contextlib.suppress(psutil.Error):
+            if "nested_reft_mcore.rewards.worker" in " ".join(child.cmdline()):
+                child.kill()
 
 
 def dead_rewards(room: Path) -> None:

@@ -18,7 +18,12 @@ COMMAND = (
     *("evaluate", "--hf", "model", "--data", "gsm8k=rows.jsonl", "--data", "own=own.jsonl"),
     *("--num-samples", "2", "--max-new-tokens", "6", "--skip-layers", "1"),
 )
-SETTINGS = ("reward.name=numeric_match", "rollout.max_slots=2", "seed=4")
+# The length is no part of what is right, and a place to train from is of no use here.
+REWARDS = "[{name: numeric_match, weight: 2}, {name: length, options: {max_tokens: 6}}]"
+SETTINGS = (
+    *(f"reward.functions={REWARDS}", "data.train_path=gone.jsonl"),
+    *("rollout.max_slots=2", "seed=4"),
+)
 DEFAULT = Path("runs/model/evaluate")
 
 
@@ -54,7 +59,13 @@ def test_a_killed_evaluation_goes_on_and_others_are_refused(room: Path):
     completions = read_lines(room / DEFAULT / "completions.jsonl")
     assert len(completions) == 5 * 2 * 3
     assert {line["answer"] for line in completions} == {"20", "21", "22", "23", "3"}
+    for line in completions:
+        assert line["components"].keys() == {"numeric_match", "length"}
+        assert line["reward"] == line["components"]["numeric_match"]
+    assert any(line["components"]["length"] for line in completions)
     written = json.loads((room / DEFAULT / "metrics.json").read_text())
+    assert "val-core/gsm8k/reward/greedy" in written["metrics"]
+    assert written["settings"]["judged_by"] == "numeric_match"
     assert written["settings"]["weights"]["kind"] == "hf"
     assert written["environment"]["versions"]["torch"]
     assert not (room / DEFAULT / "parts").exists()
@@ -81,6 +92,7 @@ def test_a_killed_evaluation_goes_on_and_others_are_refused(room: Path):
         ((*COMMAND, "evaluation.num_sample=3"), "did you mean `evaluation.num_samples`?"),
         ((*COMMAND, "reward.name=math_verfy"), "did you mean math_verify?"),
         ((*COMMAND, "reward.name=gone.py:judge"), "reward: gone.py does not exist"),
+        ((*COMMAND, "evaluation.reward=format"), "format; expected one of math_verify"),
         ((*COMMAND, "data.selection.policy=mops"), "data.selection.policy"),
         ((*COMMAND, "data.selection.target=2"), "data.selection.target"),
     ],

@@ -116,6 +116,21 @@ def test_names_are_those_of_verl_and_every_label_has_its_own():
     }
 
 
+def test_a_weighted_sum_is_called_no_accuracy(capsys):
+    completions = [*judged(0, [1.25, 0.5]), *judged(0, [-0.25, 0.5], policy="3")]
+    figures = all_figures(completions, "weighted_sum")
+    metrics = figures[0].metrics()
+    assert metrics["val-core/maths/weighted_sum/mean@2"] == 0.875
+    assert not [name for name in metrics if "/reward/" in name]
+    print_figures(figures)
+    out = capsys.readouterr().out
+    assert "0.875 [" in out
+    assert "weighted_sum, which is no accuracy, [95% interval" in out
+    assert "-0.750 [" in out
+    assert "percent" not in out
+    assert "points" not in out
+
+
 def test_what_skipping_costs_is_paired_by_prompt(capsys):
     full, nested = [1, 1, 1, 0, 1, 0, 1, 1], [1, 0, 1, 0, 1, 0, 0, 1]
     completions = [

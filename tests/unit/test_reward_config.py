@@ -5,7 +5,7 @@ import pytest
 from nested_reft_mcore.config.checks import check_paths
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import load_config
-from nested_reft_mcore.config.rewards import REWARD_NAMES
+from nested_reft_mcore.config.rewards import REWARD_NAMES, evaluated_measure, evaluated_place
 from nested_reft_mcore.rewards.registry import REWARDS, load_reward
 
 BASE = "run_dir: run\nmodel: {hf_path: somewhere}\n"
@@ -111,3 +111,30 @@ def test_a_file_that_gives_no_function_says_where(tmp_path, text, message):
 def test_numbers_are_finite(tmp_path, value):
     with pytest.raises(UserError, match=r"functions\.0\.weight`: expected a finite number"):
         load(tmp_path, f"reward.functions=[{{name: format, weight: {value}}}]")
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "place", "measure"),
+    [
+        (["numeric_match"], None, 0, "reward"),
+        (["my.module:judge"], None, 0, "reward"),
+        (["length"], None, 0, "length"),
+        (["format", "math_verify"], None, 1, "reward"),
+        (["my.module:judge", "length"], None, None, "weighted_sum"),
+        (["my.module:judge", "length"], "judge", 0, "reward"),
+        (["numeric_match", "exact_match"], None, None, "weighted_sum"),
+        (["numeric_match", "exact_match"], "exact_match", 1, "reward"),
+        (["numeric_match", "format"], "format", 1, "format"),
+    ],
+)
+def test_what_evaluations_judge_by(tmp_path, names, label, place, measure):
+    listed = ", ".join(f"{{name: '{name}'}}" for name in names)
+    chosen = [] if label is None else [f"evaluation.reward={label}"]
+    config = load(tmp_path, f"reward.functions=[{listed}]", *chosen)
+    assert evaluated_place(config.reward, config.evaluation.reward) == place
+    assert evaluated_measure(config.reward, config.evaluation.reward) == measure
+
+
+def test_evaluations_judge_by_a_reward_that_is_there(tmp_path):
+    with pytest.raises(UserError, match=r"evaluation\.reward=acc; expected one of numeric_match"):
+        load(tmp_path, "evaluation.reward=acc")

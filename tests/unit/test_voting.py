@@ -47,6 +47,9 @@ def test_which_reward_compares():
     found = comparing_reward(functions("format", "exact_match"))
     assert (found.name, found.weight) == ("exact_match", 1.0)
     assert comparing_reward(functions("own.module:judge", "length")) is None
+    two = functions("numeric_match", "format", "exact_match")
+    assert comparing_reward(two, 2).name == "exact_match"
+    assert comparing_reward(two, 1).name == "numeric_match"
 
 
 def rollouts(*texts: str) -> list[Rollout]:
