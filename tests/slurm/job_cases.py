@@ -9,13 +9,39 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from run_cases import LAUNCH_VARIABLES, REPOSITORY
 from slurm_cluster import SlurmCluster
 
 PATIENCE_SECONDS = 480.0
 """Longer than elsewhere: a job that comes back starts several times."""
+LOOK_SECONDS = 5.0
+"""Between two looks at nodes that may be stuck."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+
+class Patience:
+    """How long a test waits. Once it was for nothing, the cluster's later tests wait less long."""
+
+    _spent: ClassVar[set[Path]] = set()
+
+    def __init__(self, cluster: SlurmCluster) -> None:
+        self._cluster = cluster
+        self._start = self._looked = time.monotonic()
+
+    def lasts(self) -> bool:
+        """Wait a moment; False once it has been too long."""
+        time.sleep(0.1)
+        now = time.monotonic()
+        if now - self._looked > LOOK_SECONDS:
+            self._looked = now
+            self._cluster.free_stuck_nodes()
+        most = PATIENCE_SECONDS / (8 if self._cluster.directory in self._spent else 1)
+        if now - self._start < most:
+            return True
+        self._spent.add(self._cluster.directory)
+        return False
 
 
 @dataclass(frozen=True)
@@ -44,32 +70,29 @@ class Job:
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """Wait while the job is not over."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        patience = Patience(self.cluster)
         while not condition():
             over = self.shows("JobState") in ENDED
             assert not over, f"job {self.number} ended without {what}:\n{self.log}"
-            assert time.monotonic() < deadline, f"job {self.number}: no {what}:\n{self.log}"
-            time.sleep(0.1)
+            assert patience.lasts(), f"job {self.number}: no {what}:\n{self.log}"
 
     def end(self, code: int = 0) -> str:
         """Wait for the end and check the exit code; what the job has printed."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        patience = Patience(self.cluster)
         while (state := self.shows("JobState")) not in ENDED:
-            assert time.monotonic() < deadline, f"job {self.number} is {state}:\n{self.log}"
-            time.sleep(0.1)
+            assert patience.lasts(), f"job {self.number} is {state}:\n{self.log}"
         assert self.code == code, f"{self.shows('JobState')}:\n{self.log}"
         return self.log
 
     def wait_for_array(self, condition: Callable[[], bool]) -> None:
         """Wait while any task of this array is not over, and once more after that."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        patience = Patience(self.cluster)
         while not condition():
             left = self.cluster.call("squeue", "--noheader", f"--jobs={self.number}").strip()
             logs = self.log_file.parent.glob(f"{self.log_file.name}*")
             said = "\n".join(path.read_text() for path in logs)
             assert left or condition(), said
-            assert time.monotonic() < deadline, said
-            time.sleep(0.2)
+            assert patience.lasts(), said
 
     def signal(self, *options: str) -> None:
         """`scancel OPTIONS` this job."""

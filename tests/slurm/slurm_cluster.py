@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from nested_reft_mcore.launch.parent import signal_at_parents_death
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "munged", "mungekey")
 HOSTS = Path("/etc/hosts")
 START_SECONDS = 60.0
+STUCK_SECONDS = 60.0
+"""Nothing here takes as long to end, not even on a node that is lost."""
 
 # Without cgroups a task is a process group. cred_expire shortens the pause before a requeued job
 # starts from 125 to 10 seconds. `low` is preempted by `high`, with two minutes' notice; `abrupt`
@@ -98,6 +101,7 @@ class SlurmCluster:
         self.num_nodes = num_nodes
         self.conf = directory / "slurm.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._completing: dict[str, float] = {}
 
     def environment(self) -> dict[str, str]:
         """This process's environment, turned to the cluster."""
@@ -117,12 +121,10 @@ class SlurmCluster:
     def lose_node(self, number: int) -> None:
         """End a node as if its power had gone: its daemon, its tasks and who looks after them."""
         daemon = psutil.Process(self._daemons[f"node{number}"].pid)
-        # A slurmstepd is no child of slurmd, but knows its node by the spool directory.
         mine = [daemon]
-        for process in psutil.process_iter():
+        for step in self._steps_on(number):
             with contextlib.suppress(psutil.Error):
-                if process.name().startswith("slurmstepd") and self._is_on(process, number):
-                    mine += [process, *process.children(recursive=True)]
+                mine += [step, *step.children(recursive=True)]
         for process in mine:
             with contextlib.suppress(psutil.Error):
                 process.suspend()
@@ -130,14 +132,58 @@ class SlurmCluster:
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
+    def _steps_on(self, number: int) -> list[psutil.Process]:
+        """The slurmstepd of a node: no children of its slurmd."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.name().startswith("slurmstepd") and self._is_on(process, number):
+                    found.append(process)
+        return found
+
     def _is_on(self, process: psutil.Process, number: int) -> bool:
-        """Whether a slurmstepd belongs to a node of this cluster."""
+        """Whether a slurmstepd listens for the slurmd of this node."""
         spool = self.directory / "spool" / f"node{number}"
-        files = [Path(file.path) for file in process.open_files()]
-        tasks = [child.environ() for child in process.children()]
-        ours = any(task.get("SLURM_CONF") == str(self.conf) for task in tasks)
-        named = any(task.get("SLURMD_NODENAME") == f"node{number}" for task in tasks)
-        return any(spool in file.parents for file in files) or (ours and named)
+        sockets = process.net_connections(kind="unix")
+        return any(spool in Path(str(one.laddr)).parents for one in sockets)
+
+    def free_stuck_nodes(self) -> None:
+        """Start the daemons of nodes anew on which a job has been ending for long.
+
+        It is rare and was seen on one node at a time, whose slurmd then ends no job any more; what
+        all of its processes are doing is told as a warning.
+        """
+        now = time.monotonic()
+        shown = self.call("squeue", "--noheader", "--states=COMPLETING", "--format=%A %N")
+        ending = dict(line.split(maxsplit=1) for line in shown.splitlines())
+        self._completing = {job: self._completing.get(job, now) for job in ending}
+        for job, since in self._completing.items():
+            if now - since > STUCK_SECONDS:
+                names = self.call("scontrol", "show", "hostnames", ending[job]).split()
+                for number in (int(name.removeprefix("node")) for name in names):
+                    self._restart_node(number, job)
+                self._completing[job] = now
+
+    def _restart_node(self, number: int, job: str) -> None:
+        """Its daemon, and the steps of the job that it cannot end; other jobs go on."""
+        daemon = self._daemons[f"node{number}"]
+        if daemon.poll() is not None:
+            return
+        told, stuck = [_state_of(psutil.Process(daemon.pid))], list[psutil.Process]()
+        for step in self._steps_on(number):
+            with contextlib.suppress(psutil.Error):
+                told.append(_state_of(step))
+                if f"[{job}." in " ".join(step.cmdline()):
+                    stuck.append(step)
+        log = self.directory / f"slurmd.node{number}.log"
+        text = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+        said = "\n".join([f"node{number} does not end job {job}", *told, text])
+        warnings.warn(said, stacklevel=2)
+        for process in (*stuck, daemon):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        daemon.wait()
+        self.start_node(number)
 
     def stop(self) -> None:
         """End every job and daemon."""
@@ -211,6 +257,16 @@ class SlurmCluster:
     def _count_idle(self) -> int:
         shown = self.call("sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D")
         return sum(map(int, shown.split()))
+
+
+def _state_of(process: psutil.Process) -> str:
+    """What each thread of a process waits for, as the kernel tells it."""
+    found = [f"{process.pid} {process.name()} {process.status()} {process.cmdline()}"]
+    with contextlib.suppress(OSError):
+        for thread in sorted(Path(f"/proc/{process.pid}/task").iterdir()):
+            call = (thread / "syscall").read_text().split()[:1]
+            found.append(f"  {thread.name} {(thread / 'wchan').read_text()} {call}")
+    return "\n".join(found)
 
 
 def _end_with_parent() -> None:

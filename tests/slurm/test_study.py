@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
-from job_cases import PATIENCE_SECONDS, JobRoom
+from job_cases import JobRoom, Patience
 from run_cases import LAUNCH_VARIABLES, REPOSITORY, metrics_of, write_room
 from slurm_cluster import SlurmCluster
 
@@ -83,10 +82,9 @@ def test_a_study_is_what_it_was_when_it_was_submitted(
     assert "nothing to submit" in capsys.readouterr().out
 
     write_study(tmp_path, num_steps=3)
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    patience = Patience(cluster)
     while cluster.call("squeue", "--noheader", f"--jobs={submission['job']}").strip():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+        assert patience.lasts()
     log = Path(submission["log"].replace("%A", submission["job"]).replace("%a", "0"))
     run_dir = tmp_path / "study" / NAME
     assert (run_dir / "study.json").exists(), log.read_text()
