@@ -36,10 +36,10 @@ def write_report(grid: Grid, output: Path | None = None) -> list[str]:
     states = {run.name: state_of(run, being_run=is_being_run(grid.output)) for run in grid.runs}
     rows = [row for run in grid.runs if (row := _row(run, states[run.name])) is not None]
     if not rows:
-        raise UserError(
-            f"{grid.path}: no run is finished, of {len(grid.runs)} in {grid.output}; "
-            "`status` tells where they stand"
-        )
+        broken = [run for run in grid.runs if states[run.name].kind in ("broken", "stale")]
+        told = [f"{run.name}: {states[run.name].describe(run.num_steps)}" for run in broken]
+        text = f"{grid.path}: no run is finished, of {len(grid.runs)} in {grid.output}; "
+        raise UserError("\n".join([text + "`status` tells where they stand", *told]))
     table = table_of(rows)
     plots = plots_of(table)
     write_rows(output / RESULTS_FILE, rows)

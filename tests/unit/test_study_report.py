@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from study_cases import grid_in, write_run
 
+from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.studies.grid import Grid, StudyRun
 from nested_reft_mcore.studies.plots import Plot, plots_of
 from nested_reft_mcore.studies.report import write_report
@@ -189,6 +190,9 @@ def test_a_report_names_runs_that_it_cannot_read(tmp_path: Path) -> None:
     assert any(line.startswith(f"left out: {named}") for line in said)
     assert said[-1] == "1 of 2 runs are finished"
     assert f"- {named}" in (grid.output / "report" / "report.md").read_text()
+    (full.directory / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=rf"no run is finished, of 2(.|\n)*\n{full.name}: broken"):
+        write_report(grid)
 
 
 def test_seeds_differ_by_so_much(tmp_path: Path) -> None:
