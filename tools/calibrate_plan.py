@@ -31,14 +31,16 @@ from nested_reft_mcore.bench.calibration_runs import (  # noqa: E402
     find_runs,
     simulated_seconds,
 )
-from nested_reft_mcore.config.errors import UserError  # noqa: E402
+from nested_reft_mcore.config.errors import UserError, reason_of  # noqa: E402
 from nested_reft_mcore.planning.calibration import calibrate  # noqa: E402
 from nested_reft_mcore.planning.calibration_check import (  # noqa: E402
     Check,
-    Point,
     check,
-    points_of,
     predicted_seconds,
+)
+from nested_reft_mcore.planning.calibration_points import (  # noqa: E402
+    Point,
+    points_of,
     split_by_name,
     split_half,
 )
@@ -121,7 +123,7 @@ def write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be written: {reason_of(error)}") from None
     print(f"{path}: written", flush=True)
 
 

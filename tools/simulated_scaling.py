@@ -1,6 +1,6 @@
 """The study behind "Predicted and simulated" of docs/scaling.md: its tables and its figures.
 
-    python tools/simulated_scaling.py                       # all: about four minutes on one core
+    python tools/simulated_scaling.py                       # all: about five minutes on one core
     python tools/simulated_scaling.py --only stages laws    # some
 
 Each study simulates the configurations of examples/ on H100s that need not exist, puts a table
@@ -10,11 +10,9 @@ between its marks in the page, and draws. Same code, same tables.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,8 @@ from nested_reft_mcore.simulation.failures import (  # noqa: E402
     daly_share,
     run_with_faults,
 )
+from nested_reft_mcore.simulation.page_tables import Study, place_of, put_study  # noqa: E402
+from nested_reft_mcore.simulation.plan_gains import Mean, gains_by_step  # noqa: E402
 from nested_reft_mcore.simulation.plot import new_figure, save_figure  # noqa: E402
 from nested_reft_mcore.simulation.simulate import Scenario, Simulation, simulate  # noqa: E402
 from nested_reft_mcore.simulation.stragglers import Stragglers  # noqa: E402
@@ -41,15 +41,6 @@ SIZES = {"7B": ("qwen2.5_math_7b", 1), "32B": ("qwen2.5_32b", 2), "70B": ("llama
 COLORS = {"7B": "#1f77b4", "32B": "#d95f02", "70B": "#2ca02c"}
 NODE_HOURS = 6300.0
 """Of one node: 419 unexpected interruptions of 2,048 nodes in 54 days (arXiv 2407.21783, 3.3.4)."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """A table, and a figure where there is one."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    draw: Callable[[Any], None] | None = None
 
 
 def scenario(size: str, nodes: int, *overrides: str, **fields: Any) -> Scenario:
@@ -190,29 +181,55 @@ def study_stages() -> Study:
 
 
 def study_laws() -> Study:
-    """Balanced against uniform plans over stages and skip ratios; means over three plans."""
-    ratios = (0.1, 0.15, 0.25, 0.5)
-    rows, lines = [], {}
+    """Balanced against uniform plans over stages and skip ratios; means over 32 plans of each."""
+    ratios, laws = (0.1, 0.15, 0.25, 0.5), ("stage_balanced", "uniform")
+    rows, lines, paired = [], {}, []
     for size, stages in (("32B", 2), ("70B", 4), ("70B", 8)):
         options = *parallel(8, stages), "rollout.prompts_per_step=32", "rollout.max_slots=128"
-        base = scenario(size, stages, *options, steps=3)
-        whole = full_depth(base)
-        for law in ("stage_balanced", "uniform"):
-            changes = [{"nested.law": law, "nested.skip_ratio": ratio} for ratio in ratios]
-            gains = [whole / generation_seconds(base.changed(change)) for change in changes]
-            lines[size, stages, law] = gains
-            rows.append([size, str(stages), law, *(f"{gain:.2f}x" for gain in gains)])
+        base = scenario(size, stages, *options, steps=32)
+        whole = simulate(base.changed({"rollout.mode": "full"}))
+        found = {law: [law_gains(base, whole, law, ratio) for ratio in ratios] for law in laws}
+        pairs = zip(*(found[law] for law in laws), strict=True)
+        # Step by step: both laws have the same completions there.
+        found["the first over the second"] = [one / other for one, other in pairs]
+        for law, values in found.items():
+            means = [Mean.of(value) for value in values]
+            lines[size, stages, law] = means
+            rows.append([size, str(stages), law, *(mean.text() for mean in means)])
+        paired += means
 
     def draw(axes: Any) -> None:
-        for (size, stages, law), gains in lines.items():
-            style = "-o" if law == "stage_balanced" else "--x"
-            shade = 1.0 if stages < 8 else 0.4
-            label = f"{size}, PP {stages}, {law}"
-            axes.plot(ratios, gains, style, color=COLORS[size], alpha=shade, label=label)
+        for (size, stages, law), means in lines.items():
+            if law not in laws:
+                continue
+            axes.errorbar(
+                ratios,
+                [mean.value for mean in means],
+                yerr=[mean.error for mean in means],
+                fmt="-o" if law == "stage_balanced" else "--x",
+                color=COLORS[size],
+                alpha=1.0 if stages < 8 else 0.4,
+                capsize=2,
+                label=f"{size}, PP {stages}, {law}",
+            )
         axes.set(xlabel="share of layers skipped", ylabel="generation against full depth")
         axes.legend(fontsize=7)
 
-    return Study(["", "stages", "law", *(f"{ratio:.0%} skipped" for ratio in ratios)], rows, draw)
+    head = ["", "stages", "law", *(f"{ratio:.0%} skipped" for ratio in ratios)]
+    clear = sum(mean.value - 1 > 2 * mean.error for mean in paired)
+    note = (
+        f"Means over the plans of {base.steps} steps, ± their standard error. A step has the same "
+        f"completions under both laws and at full depth; {base.config.rollout.max_slots} slots a "
+        "replica in every cell. Balanced plans gain more, by more than two standard errors of the "
+        f"paired ratio, in {clear} of {len(paired)} cells."
+    )
+    return Study(head, rows, draw, note)
+
+
+def law_gains(base: Scenario, whole: Simulation, law: str, ratio: float) -> Any:
+    """Of each step's plan, `[steps]`."""
+    nested = simulate(base.changed({"nested.law": law, "nested.skip_ratio": ratio}))
+    return gains_by_step(nested, whole)
 
 
 def study_erosion() -> Study:
@@ -257,7 +274,20 @@ def study_erosion() -> Study:
         axes.legend(fontsize=6)
 
     head = ["", "part", "TP", *(f"{length:,} tokens" for length in contexts)]
-    return Study(head, rows, draw)
+    return Study(head, rows, draw, _erosion_note(base))
+
+
+def _erosion_note(base: Scenario) -> str:
+    """What all of its cells assume, by one of the scenarios."""
+    rollout, nested = base.config.rollout, base.config.nested
+    return (
+        f"Assumed in every cell: one replica of TP GPUs on one stage; GPUs with "
+        f"{base.gpu_memory_gb:,.0f} GB of memory, {rollout.kv_cache_gb:,.0f} GB of it for keys and "
+        "values, which no GPU has, so that every layout and length has room for the same "
+        f"{rollout.max_slots} slots; {rollout.prompts_per_step} prompts x {rollout.group_size} "
+        f"completions; one plan of `nested.law={nested.law}`, `nested.skip_ratio="
+        f"{nested.skip_ratio:g}`."
+    )
 
 
 def study_stragglers() -> Study:
@@ -335,31 +365,6 @@ STUDIES: dict[str, Callable[[], Study]] = {
 }
 
 
-def table_text(study: Study) -> str:
-    """The table as Markdown."""
-    lines = [study.head, ["---"] * len(study.head), *study.rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def place_of(page: Path, name: str) -> re.Match[str]:
-    """Where a study's table belongs. UserError where its marks are missing."""
-    marks = f"<!-- simulated: {name} -->", f"<!-- end of {name} -->"
-    pattern = re.compile(f"({re.escape(marks[0])}\n).*?({re.escape(marks[1])})", re.DOTALL)
-    if not page.is_file():
-        raise UserError(f"--page {page}: not found; expected a page such as docs/scaling.md")
-    found = pattern.search(page.read_text(encoding="utf-8"))
-    if found is None:
-        raise UserError(f"{page}: expected the marks {marks[0]} and {marks[1]}")
-    return found
-
-
-def put_table(page: Path, name: str, text: str) -> None:
-    """Replace what stands between a study's marks. UserError as of `place_of`."""
-    found = place_of(page, name)
-    before, after = found.string[: found.end(1)], found.string[found.start(2) :]
-    page.write_text(f"{before}{text}\n{after}", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the studies; 0, or 2 for a mistake."""
     parser = argparse.ArgumentParser(
@@ -377,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in names:
             started = time.process_time()
             study = STUDIES[name]()
-            put_table(options.page, name, table_text(study))
+            put_study(options.page, name, study)
             if study.draw is not None:
                 figure, axes = new_figure(1, 5.2)
                 study.draw(axes[0])

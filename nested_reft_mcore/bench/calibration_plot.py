@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nested_reft_mcore.planning.calibration_check import Check, Row
+from nested_reft_mcore.planning.calibration_check import Check
+from nested_reft_mcore.planning.calibration_points import Row
 from nested_reft_mcore.simulation.plot import new_figure, save_figure
 
 # Okabe and Ito's colours, which people see apart whatever their eyes.

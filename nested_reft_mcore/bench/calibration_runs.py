@@ -9,7 +9,7 @@ from typing import Any
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import load_config
 from nested_reft_mcore.observability.tracking import METRICS_FILE
-from nested_reft_mcore.planning.calibration_check import Point
+from nested_reft_mcore.planning.calibration_points import Point
 from nested_reft_mcore.planning.hardware import HardwareProfile
 from nested_reft_mcore.planning.lengths import read_lengths
 from nested_reft_mcore.planning.measured_run import PARTS, Average, MeasuredRun, measured_run

@@ -82,7 +82,7 @@ def run_plan(
     """Print the plan; 0 if it fits, 1 if not. Raises UserError."""
     import json
 
-    from nested_reft_mcore.config.errors import UserError
+    from nested_reft_mcore.config.errors import UserError, reason_of
     from nested_reft_mcore.config.load import load_config
     from nested_reft_mcore.planning.hardware import load_hardware
     from nested_reft_mcore.planning.report import plan_record, plan_report
@@ -96,5 +96,5 @@ def run_plan(
         try:
             json_file.write_text(json.dumps(plan_record(made), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--json {json_file}: cannot be written: {error.strerror}") from None
+            raise UserError(f"--json {json_file}: cannot be written: {reason_of(error)}") from None
     return 0 if made.fits else 1

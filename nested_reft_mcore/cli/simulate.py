@@ -171,7 +171,7 @@ def run_simulation(scenario: Scenario, wanted: Wanted) -> int:
     """Simulate, print and write what is wanted; 0. Raises UserError."""
     import json
 
-    from nested_reft_mcore.config.errors import UserError
+    from nested_reft_mcore.config.errors import UserError, reason_of
     from nested_reft_mcore.simulation.report import simulation_record, simulation_report
     from nested_reft_mcore.simulation.simulate import compare, simulate
 
@@ -184,7 +184,7 @@ def run_simulation(scenario: Scenario, wanted: Wanted) -> int:
         try:
             wanted.json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            text = f"--json {wanted.json_file}: cannot be written: {error.strerror}"
+            text = f"--json {wanted.json_file}: cannot be written: {reason_of(error)}"
             raise UserError(text) from None
     if wanted.trace is not None:
         from nested_reft_mcore.simulation.timeline import write_trace

@@ -7,3 +7,8 @@ class UserError(Exception):
     The message names the file, line or key, says what was found and what was expected. The command
     line prints it without a traceback and exits with code 2.
     """
+
+
+def reason_of(error: OSError) -> str:
+    """Why the system refuses, for a message; libraries raise OSErrors that have a text alone."""
+    return error.strerror or str(error) or type(error).__name__

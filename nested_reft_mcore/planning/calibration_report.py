@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from nested_reft_mcore.planning.calibration import Calibration
-from nested_reft_mcore.planning.calibration_check import Check, Row
+from nested_reft_mcore.planning.calibration_check import Check
+from nested_reft_mcore.planning.calibration_points import Row
+from nested_reft_mcore.planning.calibration_ranking import Ranking, Verdict
 from nested_reft_mcore.planning.measured_run import PARTS
 
 _KINDS = ("layout", "law")
+_VERDICTS: dict[Verdict, str] = {
+    "right": "right",
+    "wrong": "wrong",
+    "missed": "one apart, the other not",
+    "indistinguishable": "cannot be told apart",
+}
 
 
 def calibration_table(made: Calibration) -> str:
@@ -39,7 +48,7 @@ def check_tables(title: str, check: Check) -> str:
         "",
         _table([_HEAD, *(_cells(row) for row in check.rows)]),
         "",
-        f"step time: median error {check.median_error:.1%}, largest {worst.error:+.1%} "
+        f"step time: median error {check.median_error:.1%}, largest in percent {worst.error:+.1%} "
         f"({worst.point.name}); tokens/s: median error {check.median_tokens_error:.1%}",
     ]
     for part in PARTS:
@@ -54,36 +63,37 @@ def check_tables(title: str, check: Check) -> str:
 
 
 def check_record(check: Check) -> dict[str, Any]:
-    """Everything, for programs."""
-    return {
-        "median_error": check.median_error,
-        "median_tokens_error": check.median_tokens_error,
-        "largest_error": check.worst.error,
-        "largest_error_of": check.worst.point.name,
-        "points": [
-            {
-                "name": row.point.name,
-                "measured": {"step": row.point.step_seconds, **row.point.seconds},
-                "predicted": {"step": row.predicted_step, **row.predicted},
-                "tokens": row.point.tokens,
-                "noise": row.point.noise,
-                "error": row.error,
-            }
-            for row in check.rows
-        ],
-        "pairs": [
-            {
-                "what": ranking.what,
-                "one": ranking.one,
-                "other": ranking.other,
-                "measured": ranking.measured,
-                "predicted": ranking.predicted,
-                "noise": ranking.noise,
-                "verdict": ranking.verdict,
-            }
-            for ranking in check.rankings
-        ],
-    }
+    """Everything, for programs; numbers to four digits."""
+    return _rounded(
+        {
+            "median_error": check.median_error,
+            "median_tokens_error": check.median_tokens_error,
+            "largest_error": check.worst.error,
+            "largest_error_of": check.worst.point.name,
+            "drift": check.drift,
+            "points": [
+                {
+                    "name": row.point.name,
+                    "measured": {"step": row.point.step_seconds, **row.point.seconds},
+                    "predicted": {"step": row.predicted_step, **row.predicted},
+                    "tokens": row.point.tokens,
+                    "noise": row.point.noise,
+                    "error": row.error,
+                }
+                for row in check.rows
+            ],
+            "pairs": [asdict(ranking) for ranking in check.rankings],
+            "alike": check.alike,
+        }
+    )
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 _HEAD = ("point", "step", "error", "generation", "update", "tokens/s", "noise")
@@ -103,26 +113,56 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _ranking_lines(check: Check) -> list[str]:
-    rows = [("pairs that differ in the", "right", "wrong", "within the noise")]
+    rows = [("pairs that differ in the", *_VERDICTS.values())]
     for what in _KINDS:
         if any(ranking.what == what for ranking in check.rankings):
-            right, wrong = check.count(what, "right"), check.count(what, "wrong")
-            rows.append((what, str(right), str(wrong), str(check.count(what, "indistinguishable"))))
-    if len(rows) == 1:
-        return ["no pairs that differ in layout or law alone"]
-    missed = [
-        f"ranked wrong: {r.other} takes {r.measured:.3f} times as long as {r.one}; "
-        f"predicted {r.predicted:.3f}"
-        for r in check.rankings
-        if r.verdict == "wrong"
+            rows.append((what, *(str(check.count(what, verdict)) for verdict in _VERDICTS)))
+    lines = [_table(rows)] if len(rows) > 1 else ["no pairs that differ in layout or law alone"]
+    return [*lines, *_noise_lines(check), *_pair_lines(check)]
+
+
+def _noise_lines(check: Check) -> list[str]:
+    """What counts as a difference."""
+    if not check.rankings:
+        return []
+    if check.drift is None:
+        return [
+            "apart: by more than two deviations of scatter of the steps alone; no two runs of a "
+            "seed do the same updates, so nothing tells the drift between runs"
+        ]
+    return [
+        "apart: by more than two deviations of the measured ratio, of scatter of the steps and of "
+        f"drift between runs ({check.drift:.1%} a run, by updates that do the same)"
+    ]
+
+
+def _pair_lines(check: Check) -> list[str]:
+    """Pairs that are misses, pairs that cannot differ, and all laws together."""
+    lines = [
+        f"{name}: {_ratio_text(ranking)}"
+        for verdict, name in _VERDICTS.items()
+        for ranking in check.rankings
+        if ranking.verdict == verdict and verdict in ("wrong", "missed")
+    ]
+    lines += [
+        f"not counted: {other} and {one}: all plans leave the stages the same numbers of layers"
+        for one, other in check.alike
     ]
     laws = check.laws_together()
     if laws is not None:
-        missed.append(
+        lines.append(
             f"laws, all pairs together: uniform steps are {laws.measured:.3f} times as long "
-            f"({2 * laws.noise:.1%} either way), predicted {laws.predicted:.3f}"
+            f"({2 * laws.noise:.1%} either way), predicted {laws.predicted:.3f}; their updates, "
+            f"which skip nothing, are {laws.updates:.3f} times as long"
         )
-    return [_table(rows), *missed]
+    return lines
+
+
+def _ratio_text(ranking: Ranking) -> str:
+    return (
+        f"{ranking.other} takes {ranking.measured:.3f} times as long as {ranking.one} "
+        f"({2 * ranking.noise:.1%} either way); predicted {ranking.predicted:.3f}"
+    )
 
 
 def _pair(predicted: float, measured: float) -> str:

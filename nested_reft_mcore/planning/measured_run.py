@@ -87,10 +87,18 @@ class MeasuredRun:
         """
         found: dict[tuple[tuple[int, int], ...], tuple[LayerSkipPlan, int]] = {}
         for step in self.steps:
-            key = _cost_key(step.plan, self.layout)
+            key = self.stage_loads(step.plan)
             plan, count = found.get(key, (step.plan, 0))
             found[key] = plan, count + 1
         return dict(found.values())
+
+    def stage_loads(self, plan: LayerSkipPlan) -> tuple[tuple[int, int], ...]:
+        """Attentions and MLPs that each stage runs: what a plan costs depends on them alone."""
+        counts = [[0, 0] for _ in range(self.layout.pipeline)]
+        for layer, stage in enumerate(self.layout.stage_of_layer):
+            counts[stage][0] += not plan.skips_attention(layer)
+            counts[stage][1] += not plan.skips_mlp(layer)
+        return tuple((attentions, mlps) for attentions, mlps in counts)
 
     def model(self, hardware: HardwareProfile) -> StepModel:
         """What the performance model makes of it on some machine."""
@@ -182,14 +190,6 @@ def _law(steps: Sequence[Step], name: str, limit: int, spread: float) -> LengthL
     mean = max(1.0, mean_of("mean"))
     is_fixed = mean_of("min") == mean_of("max")
     return LengthLaw("fixed" if is_fixed else "lognormal", mean, max(1, limit), spread)
-
-
-def _cost_key(plan: LayerSkipPlan, layout: Layout) -> tuple[tuple[int, int], ...]:
-    counts = [[0, 0] for _ in range(layout.pipeline)]
-    for layer, stage in enumerate(layout.stage_of_layer):
-        counts[stage][0] += not plan.skips_attention(layer)
-        counts[stage][1] += not plan.skips_mlp(layer)
-    return tuple((attentions, mlps) for attentions, mlps in counts)
 
 
 def _number(name: str, step: Step, key: str) -> float:

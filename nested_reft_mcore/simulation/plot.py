@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.errors import UserError, reason_of
 from nested_reft_mcore.simulation.simulate import Simulation
 from nested_reft_mcore.simulation.step import PARTS
 
@@ -51,7 +51,7 @@ def save_figure(figure: Any, path: Path, option: str) -> None:
     try:
         figure.savefig(path, format="png", dpi=110)
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{option} {path}: cannot be written: {reason_of(error)}") from None
 
 
 def _plot_parts(axes: Any, simulation: Simulation) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.errors import UserError, reason_of
 from nested_reft_mcore.simulation.decode_timing import Item, record_passes
 from nested_reft_mcore.simulation.simulate import Simulation
 from nested_reft_mcore.simulation.step import Phase, StepResult
@@ -42,7 +42,7 @@ def write_trace(simulation: Simulation, path: Path) -> int:
     try:
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--trace {path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"--trace {path}: cannot be written: {reason_of(error)}") from None
     return len(events)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.errors import UserError, reason_of
 from nested_reft_mcore.studies.grid import Grid, StudyRun, make_grid
 from nested_reft_mcore.studies.prediction import Cluster, cluster_of, predict
 from nested_reft_mcore.studies.schema import load_study
@@ -77,15 +77,17 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         "run",
         "run it here, one run after the other",
         "Run the study here, one run after the other. A finished run is never repeated; one that "
-        "was stopped goes on from its checkpoint; one that is broken, or stale (its options have "
-        "changed), is named and left alone. Ctrl-C saves the run that goes on and leaves with 75.",
+        "was stopped goes on from its checkpoint; one that is broken (it failed, or its metrics "
+        "cannot be read), or stale (its options have changed), is named and left alone. Ctrl-C "
+        "saves the run that goes on and leaves with 75.",
     )
     _add_choice(parser)
     parser.add_argument("--limit", type=_positive, metavar="N", help="start N runs at most")
     parser.add_argument(
         "--retry",
         action="store_true",
-        help="run broken ones again; stale ones anew, what they have written is set aside",
+        help="run broken ones again; stale ones, and those whose metrics cannot be read, anew: "
+        "what they have written is set aside",
     )
     parser.set_defaults(work=_run)
 
@@ -137,7 +139,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         "one table, CSV and Markdown, and plots",
         "Write one table (table.csv, report.md), results.jsonl with a line a finished run, and "
         "plots (PNG), error bars over seeds. Works on a study that is half finished; plots that "
-        "have no data are left out and named.",
+        "have no data, and runs that are broken or stale, are left out and named.",
     )
     parser.add_argument(
         "--output",
@@ -216,7 +218,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             arguments.json.write_text(record + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"--json {arguments.json}: cannot be written: {error.strerror}"
+                f"--json {arguments.json}: cannot be written: {reason_of(error)}"
             ) from None
     return 0 if any(prediction.fits for prediction in predictions.values()) else 1
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.errors import UserError, reason_of
 from nested_reft_mcore.planning.layout import Layout
 from nested_reft_mcore.studies.grid import Grid, StudyRun
 from nested_reft_mcore.studies.plots import Plot, draw, plots_of
 from nested_reft_mcore.studies.results import RESULTS_FILE, Row, row_of, write_rows
 from nested_reft_mcore.studies.states import RunState, is_being_run, state_of, write_aside
-from nested_reft_mcore.studies.table import csv_text, markdown, table_of
+from nested_reft_mcore.studies.table import PointRow, SeedSpread, csv_text, markdown, table_of
 
+_SPREADS = {"tokens_per_second": "generated tokens/s", "step_seconds": "seconds of a step"}
 TABLE_FILE = "table.csv"
 REPORT_FILE = "report.md"
 
@@ -26,18 +28,18 @@ def write_report(grid: Grid, output: Path | None = None) -> list[str]:
     Raises:
         UserError: no run is finished, or the directory cannot be written.
     """
-    command = f"scaling_study.py report {_place(grid.path)}"
+    command = f"scaling_study.py report {_word(grid.path)}"
     if output is None:
         output = grid.output / "report"
     else:
-        command += f" --output {_place(output)}"
+        command += f" --output {_word(output)}"
     states = {run.name: state_of(run, being_run=is_being_run(grid.output)) for run in grid.runs}
     rows = [row for run in grid.runs if (row := _row(run, states[run.name])) is not None]
     if not rows:
-        raise UserError(
-            f"{grid.path}: no run is finished, of {len(grid.runs)} in {grid.output}; "
-            "`status` tells where they stand"
-        )
+        broken = [run for run in grid.runs if states[run.name].kind in ("broken", "stale")]
+        told = [f"{run.name}: {states[run.name].describe(run.num_steps)}" for run in broken]
+        text = f"{grid.path}: no run is finished, of {len(grid.runs)} in {grid.output}; "
+        raise UserError("\n".join([text + "`status` tells where they stand", *told]))
     table = table_of(rows)
     plots = plots_of(table)
     write_rows(output / RESULTS_FILE, rows)
@@ -51,13 +53,15 @@ def write_report(grid: Grid, output: Path | None = None) -> list[str]:
         try:
             made.append(draw(plot, output))
         except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    text = _markdown(grid, rows, markdown(table), plots, states, command)
+            raise UserError(f"{path}: cannot be written: {reason_of(error)}") from None
+    text = _markdown(grid, rows, table, plots, states, command)
     write_aside(output / REPORT_FILE, text)
     files = [output / name for name in (REPORT_FILE, TABLE_FILE, RESULTS_FILE)]
     return [
         *(str(path) for path in (*files, *made)),
         *(f"left out: {_why_left_out(plot)}" for plot in plots if plot.is_empty),
+        *(f"left out: {told}" for told in _unfinished(grid, states)),
+        *noise_lines(table),
         f"{len(rows)} of {len(grid.runs)} runs are finished",
     ]
 
@@ -77,20 +81,22 @@ def _why_left_out(plot: Plot) -> str:
 def _markdown(
     grid: Grid,
     rows: Sequence[Row],
-    table: str,
+    table: Sequence[PointRow],
     plots: Sequence[Plot],
     states: dict[str, RunState],
     command: str,
 ) -> str:
     origin = _origin(grid, rows, command)
-    lines = [f"# {grid.study.name}", "", *origin, "", table, "", *_meaning(rows), ""]
+    lines = [f"# {grid.study.name}", "", *origin, "", markdown(table), "", *_meaning(rows), ""]
+    for line in noise_lines(table):
+        lines += [line, ""]
     for plot in plots:
         if not plot.is_empty:
             lines += [f"## {plot.title}", "", f"![{plot.title}]({plot.name}.png)", ""]
     left_out = [f"- {_why_left_out(plot)}" for plot in plots if plot.is_empty]
-    unfinished = _unfinished(grid, states)
-    if left_out or unfinished:
-        lines += ["## Left out", "", *left_out, *unfinished, ""]
+    left_out += [f"- {told}" for told in _unfinished(grid, states)]
+    if left_out:
+        lines += ["## Left out", "", *left_out, ""]
     return "\n".join(lines)
 
 
@@ -124,9 +130,10 @@ def _whole(rows: Sequence[Row]) -> list[str]:
     return [f"- All runs one after the other, starts and saves included: {sum(seconds):,.0f} s"]
 
 
-def _place(path: Path) -> str:
-    """The study's path as it was given; an absolute one by its last parts."""
-    return "/".join(path.parts[1:][-3:]) if path.is_absolute() else str(path)
+def _word(path: Path) -> str:
+    """A path of the command that made the report, to be pasted: as given, or from here on."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def _times(counter: Counter[str], number: int) -> str:
@@ -169,14 +176,28 @@ def _meaning(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def noise_lines(table: Sequence[PointRow]) -> list[str]:
+    """How far the seeds of a point lie apart; nothing where each has one."""
+    lines = []
+    for measure, name in _SPREADS.items():
+        spread = SeedSpread.of(table, measure)
+        if spread is not None:
+            which = "The two seeds" if spread.most_seeds == 2 else "The seeds"
+            lines.append(
+                f"{which} of a point differ in {name} by {spread.median:.1%} (median of "
+                f"{spread.num_points} points; {spread.largest:.1%} at most)."
+            )
+    return lines
+
+
 def _unfinished(grid: Grid, states: dict[str, RunState]) -> list[str]:
     steps = {run.name: run.num_steps for run in grid.runs}
     found = [
-        f"- {name}: {state.describe(steps[name])}"
+        f"{name}: {state.describe(steps[name])}"
         for name, state in states.items()
         if state.kind not in ("finished", "missing")
     ]
     missing = sum(state.kind == "missing" for state in states.values())
     if missing:
-        found.append(f"- {missing} runs are not started")
-    return found + [f"- {name}: does not fit: {reason}" for name, reason in grid.struck]
+        found.append(f"{missing} runs are not started")
+    return found + [f"{name}: does not fit: {reason}" for name, reason in grid.struck]

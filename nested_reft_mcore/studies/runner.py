@@ -19,6 +19,7 @@ from nested_reft_mcore.studies.states import (
     Record,
     RunState,
     last_step,
+    metrics_problem,
     now,
     read_record,
     set_aside,
@@ -104,9 +105,10 @@ class Runner:
         if state.kind in ("broken", "stale") and not retry:
             self._leave(run, state, sitting)
             return False
-        if state.kind == "stale":
+        if state.begins_anew:
             aside = set_aside(run.directory)
-            self._say(f"stale    {run.name}: {state.detail}; what there was is now {aside.name}")
+            told = f"{state.detail}; what there was is now {aside.name}"
+            self._say(f"{state.kind:<8} {run.name}: {told}")
         return True
 
     def _leave(self, run: StudyRun, state: RunState, sitting: Sitting) -> None:
@@ -127,9 +129,12 @@ class Runner:
             self._say(f"stopped  {run.name}: the same command goes on from here")
             return
         write_record(run.directory, Record(started, code, seconds))
-        if code != 0:
+        problem = f"exit code {code}, see {run.directory / OUTPUT_FILE}"
+        if code == 0:
+            problem = metrics_problem(run.directory, run.num_steps)
+        if problem is not None:
             sitting.broken.append(run.name)
-            self._say(f"broken   {run.name}: exit code {code}, see {run.directory / OUTPUT_FILE}")
+            self._say(f"broken   {run.name}: {problem}")
             return
         if not self._grid.study.keep_checkpoints:
             shutil.rmtree(run.directory / "checkpoints", ignore_errors=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nested_reft_mcore.config.checkpoint_layout import LATEST_FILE
-from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.errors import UserError, reason_of
 from nested_reft_mcore.config.load import CONFIG_FILE, load_config
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.observability.tracking import METRICS_FILE, whole_lines
@@ -44,6 +44,13 @@ class RunState:
     """Steps that it has recorded."""
     detail: str = ""
     """Which log to look at, what has changed, or why it does not fit."""
+    is_damaged: bool = False
+    """Broken, though it ran to its end: its metrics cannot be used."""
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether a retry cannot go on from what there is: it is set aside."""
+        return self.kind == "stale" or self.is_damaged
 
     def describe(self, num_steps: int) -> str:
         """In words, for a table."""
@@ -105,7 +112,7 @@ def write_aside(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be written: {reason_of(error)}") from None
 
 
 @contextmanager
@@ -119,7 +126,7 @@ def study_lock(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         file = (output / LOCK_FILE).open("a", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{output}: cannot be written: {reason_of(error)}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,6 +163,9 @@ def state_of(run: StudyRun, *, being_run: bool = False) -> RunState:
     if changed:
         return RunState("stale", step, f"{', '.join(changed)} changed since it was run")
     if (record is not None and record.exit_code == 0) or _saved_step(directory) == run.num_steps:
+        problem = metrics_problem(directory, run.num_steps)
+        if problem is not None:
+            return RunState("broken", step, problem, is_damaged=True)
         return RunState("finished", step)
     return _unfinished(directory, record, step, being_run)
 
@@ -163,9 +173,47 @@ def state_of(run: StudyRun, *, being_run: bool = False) -> RunState:
 def last_step(directory: Path) -> int:
     """The last step in a run's metrics; 0 where there is none."""
     path = directory / METRICS_FILE
-    if not path.is_file():
+    try:
+        steps = [entry["step"] for _, entry in whole_lines(path) if STEP_METRIC in entry]
+    except OSError:
         return 0
-    return max((entry["step"] for _, entry in whole_lines(path) if STEP_METRIC in entry), default=0)
+    return max(steps, default=0)
+
+
+def metrics_problem(directory: Path, num_steps: int) -> str | None:
+    """Why nothing can be said of a run that has ended: file, line and reason; None where it can.
+
+    A run that goes on after a kill drops the line that was torn, so at its end all can be read.
+    """
+    path = directory / METRICS_FILE
+    steps: set[int] = set()
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                entry = _entry(line)
+                if isinstance(entry, str):
+                    return f"{path}:{number}: {entry}"
+                if STEP_METRIC in entry:
+                    steps.add(entry["step"])
+    except OSError as error:
+        return f"{path}: cannot be read: {reason_of(error)}"
+    missing = set(range(1, num_steps + 1)) - steps
+    if missing:
+        return f"{path}: {len(missing)} of {num_steps} steps are missing, such as {min(missing)}"
+    return None
+
+
+def _entry(line: str) -> dict[str, Any] | str:
+    """A line of metrics, or what is wrong with it."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"cannot be read: {error}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return "expected metrics of a step, with `step`"
+    return entry
 
 
 def changed_options(run: StudyRun) -> list[str]:

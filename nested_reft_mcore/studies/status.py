@@ -25,7 +25,7 @@ def status_of(grid: Grid, predictions: Mapping[str, Prediction]) -> dict[str, Ru
         if task is not None and task.is_active:
             # Whatever the study says by now: a task has the options of its submission.
             state = task.state(state.step)
-        elif task is not None and is_newer and state.kind not in ("finished", "stale"):
+        elif task is not None and is_newer and not (state.kind == "finished" or state.begins_anew):
             state = task.state(state.step)
         elif state.kind == "missing" and not predictions[run.name].fits:
             state = RunState("does not fit", detail=predictions[run.name].problem or "")

@@ -84,8 +84,9 @@ def _due(
         problem = predictions[run.name].problem
         if state.kind in wanted and problem is None:
             due.add(run.name)
-            if state.kind == "stale" and not dry_run:
-                print(f"stale: {run.name}: what there was is now {set_aside(run.directory).name}")
+            if state.begins_anew and not dry_run:
+                aside = set_aside(run.directory).name
+                print(f"{state.kind}: {run.name}: what there was is now {aside}")
         elif state.kind != "finished":
             told = state if problem is None else RunState("does not fit", detail=problem)
             print(f"left out: {run.name}: {told.describe(run.num_steps)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,8 @@ class PointRow:
     rows: Sequence[Row]
     """One a seed."""
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Of each seed that has one."""
 
     @property
     def gpus(self) -> int:
@@ -108,6 +111,27 @@ def step_tokens_per_second(row: Row) -> float | None:
     return _ratio(row["generated_tokens"], row["medians"].get("timing_s/step"))
 
 
+@dataclass(frozen=True)
+class SeedSpread:
+    """How far apart the seeds of a point lie: the largest value over the smallest, less 1."""
+
+    median: float
+    largest: float
+    num_points: int
+    """Points with two seeds or more."""
+    most_seeds: int
+
+    @classmethod
+    def of(cls, table: Sequence[PointRow], measure: str) -> SeedSpread | None:
+        """Of one of `MEASURES`; None where no point has two seeds."""
+        found = [values for row in table if len(values := row.values.get(measure, ())) > 1]
+        if not found:
+            return None
+        shares = [max(values) / min(values) - 1 for values in found]
+        most = max(len(values) for values in found)
+        return cls(statistics.median(shares), max(shares), len(found), most)
+
+
 def csv_text(table: Sequence[PointRow]) -> str:
     """Every figure with half its interval, for programs."""
     axes = [name for name in table[0].point] if table else []
@@ -150,7 +174,7 @@ def _point_row(
             if value is not None:
                 values[measure].append(value)
     estimates = {measure: estimate(found) for measure, found in values.items() if found}
-    return PointRow(point, rows, estimates)
+    return PointRow(point, rows, estimates, values)
 
 
 def _measures(row: Row, full: Row | None) -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,10 @@ from calibration_cases import SIZES, START, TRUTH, made_run, overrides, study
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.planning.calibration import Calibration, calibrate
-from nested_reft_mcore.planning.calibration_check import (
+from nested_reft_mcore.planning.calibration_check import check, predicted_seconds
+from nested_reft_mcore.planning.calibration_points import (
     Point,
-    check,
     points_of,
-    predicted_seconds,
     split_by_name,
     split_half,
 )
@@ -29,7 +29,7 @@ from nested_reft_mcore.planning.calibration_report import (
 from nested_reft_mcore.planning.hardware import HardwareProfile, load_hardware
 from nested_reft_mcore.planning.hardware_file import profile_yaml
 from nested_reft_mcore.planning.least_squares import least_squares
-from nested_reft_mcore.planning.measured_run import Average, MeasuredRun
+from nested_reft_mcore.planning.measured_run import PARTS, Average, MeasuredRun, TimedStep
 
 NOISE = 0.02
 
@@ -98,21 +98,19 @@ def test_sizes_held_out_are_predicted(runs: list[MeasuredRun]):
 
 
 def test_a_wrong_ranking_is_counted_as_wrong(runs: list[MeasuredRun]):
-    """Predicted backwards, what is right becomes wrong; what is noise stays noise."""
+    """Predicted backwards, what is right becomes wrong; what is noise does not."""
     points = points_of(runs)
 
     def backward(point: Point, average: Average) -> dict[str, float]:
-        seconds = predicted_seconds(TRUTH, point, average)
-        return {part: 1 / max(value, 1e-9) for part, value in seconds.items() if value} | {
-            "logprobs": 0.0
-        }
+        total = math.fsum(predicted_seconds(TRUTH, point, average).values())
+        return dict.fromkeys(PARTS, 0.0) | {"update": 1 / total}
 
     right, wrong = check(points, [], partial(predicted_seconds, TRUTH)), check(points, [], backward)
     assert right.count("layout", "right") > 3
-    assert wrong.count("layout", "wrong") > 0
+    assert right.count("layout", "wrong") == 0
     for what in ("layout", "law"):
-        same = (right.count(what, "indistinguishable"), wrong.count(what, "indistinguishable"))
-        assert same[0] == same[1]
+        assert right.count(what, "right") == wrong.count(what, "wrong")
+        assert wrong.count(what, "right") == 0
 
 
 def test_laws_are_ranked_by_mean_steps():
@@ -132,6 +130,88 @@ def test_laws_are_ranked_by_mean_steps():
     assert (together.measured, together.predicted) == (ranking.measured, ranking.predicted)
     assert together.noise == ranking.noise > 0
     assert "uniform steps are 1.0" in check_tables("plan", found)
+
+
+def law_pair(seed: int, factor: float = 1.0) -> list[MeasuredRun]:
+    """A run of each law; the machine makes everything of the uniform one `factor` times as long."""
+    runs = []
+    for law in ("stage_balanced", "uniform"):
+        options = overrides(SIZES[2], 2, 2, law, seed)
+        run = made_run(f"{law}.seed_{seed}", *options, noise=0.002, num_steps=17)
+        slow = factor if law == "uniform" else 1.0
+        runs.append(replace(run, steps=tuple(slowed(step, slow) for step in run.steps)))
+    return runs
+
+
+def slowed(step: TimedStep, factor: float) -> TimedStep:
+    return replace(step, seconds={part: factor * s for part, s in step.seconds.items()})
+
+
+def test_drift_between_runs_is_no_difference():
+    """All of a run is slower, its updates too, which skip nothing: that says nothing of its law."""
+    runs = [*law_pair(0, 1.1), *law_pair(1, 1.1)]
+    found = check(points_of(runs), [], partial(predicted_seconds, TRUTH))
+    assert found.drift == pytest.approx(math.log(1.1) / math.sqrt(2), rel=0.1)
+    (ranking,) = found.rankings
+    assert ranking.measured > 1.1
+    assert ranking.updates == pytest.approx(1.1, rel=0.01)
+    assert ranking.verdict == "indistinguishable"
+    text = check_tables("plan", found)
+    assert "drift between runs (6.7% a run" in text or "drift between runs (6.8% a run" in text
+    assert "which skip nothing, are 1.10" in text
+
+
+def test_a_machine_that_drifts_between_seeds_is_no_noise_within_them():
+    slow = [replace(run, steps=tuple(slowed(s, 1.5) for s in run.steps)) for run in law_pair(1)]
+    found = check(points_of([*law_pair(0), *slow]), [], partial(predicted_seconds, TRUTH))
+    assert found.drift is not None
+    assert found.drift < 0.005
+    assert [ranking.verdict for ranking in found.rankings] == ["right"]
+
+
+def test_drift_that_nothing_tells_is_said():
+    runs = [made_run(f"pp{n}", *overrides(SIZES[0], n, 0, "uniform", 0)) for n in (1, 2)]
+    found = check(points_of(runs), [], partial(predicted_seconds, TRUTH))
+    assert found.drift is None
+    assert "nothing tells the drift between runs" in check_tables("plan", found)
+
+
+def test_a_difference_that_one_of_both_shows_is_neither_right_nor_wrong():
+    pair = points_of([*law_pair(0), *law_pair(1)])
+
+    def flat(point: Point, average: Average) -> dict[str, float]:
+        return {part: 1.0 for part in PARTS}
+
+    found = check(pair, [], flat)
+    (ranking,) = found.rankings
+    assert (ranking.verdict, ranking.predicted) == ("missed", 1.0)
+    assert f"one apart, the other not: {ranking.other} takes" in check_tables("plan", found)
+
+
+def test_pairs_have_one_batch_and_can_differ():
+    one = made_run("one", *overrides(SIZES[0], 1, 3, "uniform", 0))
+    shorter = "rollout.max_new_tokens=8"
+    other = made_run("other", *overrides(SIZES[0], 2, 3, "uniform", 0), shorter)
+    found = check(points_of([one, other]), [], partial(predicted_seconds, TRUTH))
+    assert found.rankings == ()
+    # One layer of two equal stages: whichever it is, one stage is a layer shorter.
+    laws = ("stage_balanced", "uniform")
+    alike = [made_run(law, *overrides(SIZES[0], 2, 1, law, 0)) for law in laws]
+    found = check(points_of(alike), [], partial(predicted_seconds, TRUTH))
+    assert (found.rankings, found.alike) == ((), (laws,))
+    assert "not counted: uniform and stage_balanced: all plans leave" in check_tables("p", found)
+
+
+def test_the_largest_error_is_in_percent():
+    """By logarithms 18% too little is more than 20% too much."""
+    points = points_of(made_run(f"pp{n}", *overrides(SIZES[0], n, 0, "uniform", 0)) for n in (1, 2))
+    factors = dict(zip((point.name for point in points), (0.82, 1.2), strict=True))
+
+    def off(point: Point, average: Average) -> dict[str, float]:
+        return {part: factors[point.name] * s for part, s in point.seconds.items()}
+
+    found = check(points, [], off)
+    assert found.worst.error == pytest.approx(0.2, abs=0.01)
 
 
 def test_runs_that_differ_in_the_seed_are_one_point():

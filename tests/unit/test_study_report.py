@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from study_cases import grid_in, write_run
 
+from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.studies.grid import Grid, StudyRun
 from nested_reft_mcore.studies.plots import Plot, plots_of
 from nested_reft_mcore.studies.report import write_report
@@ -174,3 +176,52 @@ def test_a_report_of_half_a_study(tmp_path: Path) -> None:
     assert "stopped at step 1 of 4" in text
     assert "- 3 runs are not started" in text
     assert "| 2 of 8 | uniform | practical | 2 |" in text
+
+
+def test_a_report_names_runs_that_it_cannot_read(tmp_path: Path) -> None:
+    grid = grid_in(tmp_path, laws=["uniform"], layouts=[{}])
+    full, half = grid.runs
+    write_run(full)
+    write_run(half)
+    path = half.directory / "metrics.jsonl"
+    path.write_text(path.read_text() + "garbage\n")
+    said = write_report(grid)
+    named = f"{half.name}: broken at step 4 of 4: {path}:5: cannot be read: Expecting value"
+    assert any(line.startswith(f"left out: {named}") for line in said)
+    assert said[-1] == "1 of 2 runs are finished"
+    assert f"- {named}" in (grid.output / "report" / "report.md").read_text()
+    (full.directory / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=rf"no run is finished, of 2(.|\n)*\n{full.name}: broken"):
+        write_report(grid)
+
+
+def test_seeds_differ_by_so_much(tmp_path: Path) -> None:
+    grid = grid_in(tmp_path, laws=["uniform"], layouts=[{}], seeds=[0, 1])
+    for run in grid.runs:
+        # 64 tokens in 1 s and 1.1 s; at full depth in 1 s and 1.2 s.
+        more = 0.2 if run.point.skip_ratio == 0 else 0.1
+        write_run(run, generation=1 + more * run.point.seed)
+    said = write_report(grid)
+    told = "The two seeds of a point differ in generated tokens/s by 15.0% (median of 2 points"
+    assert any(line.startswith(told) for line in said)
+    assert told in (grid.output / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_command_of_a_report_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    folder = tmp_path / "a study"
+    folder.mkdir()
+    grid = grid_in(folder, laws=["uniform"], layouts=[{}])
+    for run in grid.runs:
+        write_run(run)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path if inside else tmp_path / "elsewhere")
+    output = tmp_path / "x" / "rep"
+    write_report(grid, output)
+    command = (output / "report.md").read_text().split("Made by `")[1].split("`")[0]
+    words = shlex.split(command)
+    assert words[:3] == ["python", "tools/scaling_study.py", "report"]
+    assert (Path(words[3]).resolve(), Path(words[5]).resolve()) == (grid.path, output)
+    assert Path(words[3]).is_absolute() != inside

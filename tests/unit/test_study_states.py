@@ -75,6 +75,59 @@ def test_a_run_with_other_options_is_stale(tmp_path: Path) -> None:
     assert set(kinds(grid_in(tmp_path, overrides={"logging.level": "warning"}))) == {"finished"}
 
 
+GARBAGE = {
+    "no json\n": "metrics.jsonl:6: cannot be read: Expecting value",
+    "\x00\x07\n": "metrics.jsonl:6: cannot be read",
+    '["a list"]\n': "metrics.jsonl:6: expected metrics of a step",
+}
+
+
+@pytest.mark.parametrize("line", GARBAGE)
+def test_metrics_that_cannot_be_read_are_named_by_line(tmp_path: Path, line: str) -> None:
+    (run,) = grid_in(tmp_path, layouts=[{}], skip_ratios=[0]).runs
+    write_run(run, evaluations={0: 0.5})
+    assert state_of(run).kind == "finished"
+    with (run.directory / "metrics.jsonl").open("a") as file:
+        file.write(line)
+    state = state_of(run)
+    assert (state.kind, state.is_damaged) == ("broken", True)
+    assert GARBAGE[line] in state.detail
+
+
+def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
+    (run,) = grid_in(tmp_path, layouts=[{}], skip_ratios=[0]).runs
+    write_run(run)
+    path = run.directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]))
+    assert state_of(run).detail == f"{path}: 2 of 4 steps are missing, such as 3"
+    path.unlink()
+    assert "metrics.jsonl: cannot be read: No such file" in state_of(run).detail
+
+
+def test_a_run_without_metrics_is_broken_and_set_aside_on_retry(tmp_path: Path) -> None:
+    grid = grid_in(tmp_path, layouts=[{}])
+    made = made_aside(grid, tmp_path / "made")
+    sit(grid, made, WRITE)
+    first, second = grid.runs
+    (first.directory / "metrics.jsonl").write_bytes(b"garbage\n")
+    sitting, said = sit(grid, made, WRITE)
+    assert (sitting.broken, sitting.finished) == ([first.name], [second.name])
+    assert any(f"{first.directory}/metrics.jsonl:1: cannot be read" in line for line in said)
+    assert (first.directory / "metrics.jsonl").read_bytes() == b"garbage\n"
+    assert status(grid)[first.name].kind == "broken"
+    sitting, said = sit(grid, made, WRITE, retry=True)
+    assert len(sitting.finished) == 2
+    aside = first.directory.with_name(f"{first.name}.old_1")
+    assert (aside / "metrics.jsonl").read_bytes() == b"garbage\n"
+    assert any(f"what there was is now {aside.name}" in line for line in said)
+    # One that ends well and leaves nothing that can be read has not finished.
+    (made / first.name / "metrics.jsonl").write_text("garbage\n")
+    aside = first.directory.rename(tmp_path / "elsewhere")
+    sitting, _ = sit(grid, made, WRITE)
+    assert sitting.broken == [first.name]
+
+
 def sit(grid: Grid, root: Path, script: str, *, retry: bool = False, limit: int | None = None):
     """One call of `run` whose runs are a script; what it has done and said."""
     said: list[str] = []
