@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from nested_reft_mcore.cli import app
 from nested_reft_mcore.mcore.decode import PolicyDecoder
 from nested_reft_mcore.mcore.initialize import shutdown
+from nested_reft_mcore.training import run
 from nested_reft_mcore.training.ratio_split import ENGINE_NOISE_LIMITS
 
 CONFIG = {
@@ -53,6 +54,8 @@ def test_a_run_warns_where_the_engine_disagrees_and_only_there(
     room: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(room)
+    # No coefficient asks for a reference policy: nobody may copy the weights.
+    monkeypatch.setattr(run, "ReferencePolicy", None)
     limit = ENGINE_NOISE_LIMITS[dtype]
     metrics, said = first_step(room, dtype, f"{dtype}_sound")
     assert metrics["nested/num_skipped"] == 0
