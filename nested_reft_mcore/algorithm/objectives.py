@@ -38,7 +38,8 @@ Objective = Literal["reinforce", "ppo_clip", "cispo", "gspo"]
 
 @dataclass(frozen=True)
 class LossInputs:
-    """One micro-batch, aligned with `labels`; only `target_logprobs` and `entropy` have gradients.
+    """One micro-batch, aligned with `labels`; only `target_logprobs` and `entropy` get gradients,
+    whatever else carries some: a ratio of the policy to itself still pulls at the policy.
 
     Raises ValueError where shapes disagree.
     """
@@ -329,7 +330,7 @@ def _kl_term(
     kl = kl_from_reference(log_ratio, settings.kl_loss_type)
     if settings.kl_corrected:
         weight = log_importance_ratio(
-            inputs.target_logprobs, inputs.behavior_logprobs, log_ratio.kept, clamp
+            inputs.target_logprobs, inputs.behavior_logprobs.detach(), log_ratio.kept, clamp
         )
         kl = fill_masked(weight.values.exp() * kl, weight.kept)
     return kl, log_ratio.kept, log_ratio.num_non_finite
@@ -341,7 +342,8 @@ def _objective_ratio(
     """log(target / old), or log(target / behavior) with `bypass_mode`; differentiable."""
     anchor = inputs.behavior_logprobs if settings.bypass_mode else inputs.old_logprobs
     assert anchor is not None, "_correction_numerator has checked old_logprobs"
-    return log_importance_ratio(inputs.target_logprobs, anchor, kept, settings.log_ratio_clamp)
+    clamp = settings.log_ratio_clamp
+    return log_importance_ratio(inputs.target_logprobs, anchor.detach(), kept, clamp)
 
 
 def _clip(ratio: Float[Tensor, "batch seq"], settings: ObjectiveSettings) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +21,9 @@ from nested_reft_mcore.rollout.types import SamplingParams
 _LEAST_SHARE = 0.05
 """On a busy machine noise can hide what a small model's parts take. All layers count for at least
 this share of a pass, and each half of a layer for at least this share of it."""
+
+_MEDIAN_ERROR = 1.2533 * 1.4826
+"""Standard error of a median of n normal numbers, in median absolute deviations over sqrt(n)."""
 
 
 def measure_decode_times(
@@ -48,12 +53,12 @@ def measure_decode_times(
         stage.seconds(plan)
     barrier()
     rounds = [[stage.seconds(plan) for plan in plans] for _ in range(repeats)]
-    medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
+    medians, noise = typical_round(rounds)
     context = policy.context
-    everywhere = gather_all((context.pipeline.rank, medians), context)
+    everywhere = gather_all((context.pipeline.rank, medians, noise), context)
     per_stage: list[list[float]] = []
     for rank in range(context.pipeline.size):
-        peers = [found for stage_rank, found in everywhere if stage_rank == rank]
+        peers = [found for stage_rank, found, _ in everywhere if stage_rank == rank]
         per_stage.append([statistics.mean(values) for values in zip(*peers, strict=True)])
     full, no_attention, no_mlp, nothing = (sum(column) for column in zip(*per_stage, strict=True))
     layer = max(full - nothing, _LEAST_SHARE * full) / num_layers
@@ -70,7 +75,33 @@ def measure_decode_times(
         mlp=layer * (1.0 - share),
         head=min(per_stage[-1][3], full - num_layers * layer),
         tensor_model_parallel_size=context.tensor.size,
+        noise=max(noise for _, _, noise in everywhere),
     )
+
+
+def typical_round(rounds: Sequence[Sequence[float]]) -> tuple[list[float], float]:
+    """Median seconds of each case, and how little of the layers' time the scatter leaves certain.
+
+    Args:
+        rounds: For each round the seconds of its cases, the full model first and that without
+            layers last.
+
+    Returns:
+        The medians, and the standard error of first minus last as a share of it, 1 at most: from
+        median absolute deviations, which one slow round does not move. 1 for fewer than two rounds.
+    """
+    columns = list(zip(*rounds, strict=True))
+    medians = [statistics.median(column) for column in columns]
+    layers = medians[0] - medians[-1]
+    if len(rounds) < 2 or layers <= 0:
+        return medians, 1.0
+    squares = [
+        statistics.median(abs(value - middle) for value in column) ** 2
+        for column, middle in zip(columns, medians, strict=True)
+    ]
+    # All cases are differences of a kind: the loudest two count.
+    loudest = math.sqrt(sum(sorted(squares)[-2:]))
+    return medians, min(1.0, _MEDIAN_ERROR * loudest / math.sqrt(len(rounds)) / layers)
 
 
 class _StagePass:

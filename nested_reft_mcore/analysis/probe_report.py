@@ -20,15 +20,21 @@ def print_probe(record: ProbeRecord) -> None:
 def _heading(record: ProbeRecord) -> list[str]:
     answers, times = record.answers, record.times
     per_step = 100 / times.step
-    return [
+    lines = [
         f"{record.model.source}: {record.model.architecture.num_layers} layers, "
         f"{answers.num_sequences} answers, {answers.num_tokens} tokens, temperature "
         f"{answers.temperature:g}",
         f"decode pass of {times.num_sequences} sequences at {times.context_length} positions: "
         f"{times.step * 1e3:.2f} ms; one layer {times.layer * per_step:.1f}% of it (attention "
         f"{times.attention * per_step:.1f}%, MLP {times.mlp * per_step:.1f}%), the head "
-        f"{times.head * per_step:.1f}%",
+        f"{times.head * per_step:.1f}%; noise {times.noise:.0%} of what all layers take",
     ]
+    if times.is_noise:
+        lines.append(
+            "WARNING: these times are mostly noise, and so are the speed-ups below and what the "
+            "law `sensitivity` skips: measure again on an idle machine, or with more --repeats"
+        )
+    return lines
 
 
 def _part_lines(record: ProbeRecord) -> list[str]:

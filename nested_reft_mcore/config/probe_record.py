@@ -73,6 +73,10 @@ class ProbedPart(Divergence):
     """What a decode pass takes less without it."""
 
 
+NOISE_LIMIT = 0.2
+"""Attention and MLP differ by about as much: beyond it the times cannot rank them."""
+
+
 class DecodeTimes(Section):
     """A decode pass, one token for each of so many sequences; medians, seconds."""
 
@@ -92,6 +96,13 @@ class DecodeTimes(Section):
     """What is left on the last stage: final norm, logits, drawing a token."""
     tensor_model_parallel_size: int = Field(gt=0)
     """Processes that shared a layer when it was measured."""
+    noise: float = Field(default=0.0, ge=0, le=1)
+    """Standard error of what all layers take, as a share of it; 1: nothing was resolved."""
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether scatter hides what the parts take."""
+        return self.noise > NOISE_LIMIT
 
 
 class FittedInteraction(Section):

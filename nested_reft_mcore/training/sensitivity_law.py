@@ -21,6 +21,9 @@ from nested_reft_mcore.mcore.model import Policy
 
 _log = logging.getLogger(__name__)
 
+_FEW_PLANS = 5
+"""Fewer are drawn again within a few batches."""
+
 
 def load_sensitivity_law(nested: NestedConfig, policy: Policy) -> SensitivityLaw:
     """Read the probe and make the law of it, for this policy's stages.
@@ -49,7 +52,29 @@ def load_sensitivity_law(nested: NestedConfig, policy: Policy) -> SensitivityLaw
             nested.kl_budget,
             law.predicted_speedup(law.draw((0,))),
         )
+        _warn(law, record, nested)
     return law
+
+
+def _warn(law: SensitivityLaw, record: ProbeRecord, nested: NestedConfig) -> None:
+    """Of what makes the law less than it promises: chance, and the most time for the budget."""
+    if law.num_plans < _FEW_PLANS:
+        _log.warning(
+            "sensitivity: with so few plans (%d) hardly anything changes from batch to batch; "
+            "expected at least %d: raise nested.saving_tolerance=%g or nested.kl_budget=%g",
+            law.num_plans,
+            _FEW_PLANS,
+            nested.saving_tolerance,
+            nested.kl_budget,
+        )
+    if record.times.is_noise:
+        _log.warning(
+            "sensitivity: the times in %s are mostly noise (%.0f%% of what all layers take), and "
+            "so is which parts save the most: probe again on an idle machine, or with more "
+            "--repeats",
+            nested.sensitivity_path,
+            100 * record.times.noise,
+        )
 
 
 def sensitivity_law(

@@ -50,6 +50,10 @@ def drawn(vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = torch.randn(SEQ, BATCH, HIDDEN, generator=generator)
     matrix = torch.randn(vocab_size, HIDDEN, generator=generator)
     labels = torch.randint(0, vocab_size, (BATCH, SEQ), generator=generator)
+    # The first and the last token of every shard, of which padding begins behind the very last.
+    starts = range(0, vocab_size, 128)
+    borders = [*starts, *(start - 1 for start in starts[1:]), vocab_size - 1]
+    labels[0, : len(borders)] = torch.tensor(borders)
     return hidden, matrix, labels, torch.randn(2, BATCH, SEQ, generator=generator)
 
 

@@ -85,6 +85,8 @@ def test_a_probe_tells_and_writes_what_it_measured(room: Path, printed: str):
     assert times.attention + times.mlp == pytest.approx(times.layer)
     assert 4 * times.layer + times.head == pytest.approx(times.step, rel=1e-6)
     assert min(times.attention, times.mlp) >= 0.05 * times.layer
+    assert f"noise {times.noise:.0%} of what all layers take" in printed
+    assert ("WARNING: these times are mostly noise" in printed) == (times.noise > 0.2)
     assert record.answers.num_sequences == 12
     assert {plan.kind for plan in record.plans} >= {"random", "calibration"}
     # Plans of the law stay within the budget as predicted, and near it as measured.

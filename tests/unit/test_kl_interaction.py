@@ -79,3 +79,9 @@ def test_a_budget_below_every_layer_skips_nothing():
 def test_an_outlier_within_the_budget_is_protected_too():
     advice = recommend([0.01, 0.01, 0.2, 0.01, 0.01], KlInteraction(), kl_budget=1.0)
     assert (advice.border_layers, advice.protected, advice.num_skipped) == (0, (2,), 4)
+
+
+def test_where_most_layers_cost_nothing_the_budget_alone_says_what_is_sensitive():
+    """Three times a median of 0 would forbid every layer that costs anything at all."""
+    advice = recommend([0.0, 0.0, 0.0, 0.05, 0.3], KlInteraction(), kl_budget=0.1)
+    assert (advice.border_layers, advice.protected, advice.num_skipped) == (0, (4,), 4)

@@ -81,6 +81,26 @@ def test_every_number_arrives() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("budget", "noise", "few", "loud"),
+    # 0.5 * 0.15 ** 1.25 and 0.5 * 0.28 ** 1.25 nats: any one part, or any two of them.
+    [(0.12, 0.1, False, False), (0.12, 0.3, False, True), (0.0282, 0.0, True, False)],
+)
+def test_a_run_hears_of_little_chance_and_of_times_that_are_noise(
+    budget: float, noise: float, few: bool, loud: bool, monkeypatch: Any, caplog: Any
+) -> None:
+    times = RECORD.times.model_copy(update={"noise": noise})
+    record = SimpleNamespace(**{**vars(RECORD), "times": times})
+    monkeypatch.setattr(sensitivity_law, "read_sensitivity", lambda *_: record)
+    made, main = policy(), SimpleNamespace(is_main=True)
+    made.stage_of_layer, made.context = (0,) * 8, main
+    law = sensitivity_law.load_sensitivity_law(nested(kl_budget=budget, border_layers=0), made)
+    assert (law.num_plans < 5) == few
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any("hardly anything changes" in text for text in warned) == few
+    assert any("probe.json are mostly noise" in text for text in warned) == loud
+
+
 def test_a_budget_that_buys_nothing_is_a_users_mistake() -> None:
     with pytest.raises(UserError, match=r"law=sensitivity with probe\.json: .*the cheapest, "):
         sensitivity_law.load_sensitivity_law(nested(kl_budget=1e-4, border_layers=0), policy())

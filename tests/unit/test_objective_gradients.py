@@ -97,6 +97,37 @@ def test_gradcheck_of_clipped_objectives(objective, bypass, mode):
             check(batch(), settings, hold_ratios=False)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_nothing_but_the_policy_and_its_entropy_gets_a_gradient(objective):
+    """Log-probs that were found without `no_grad` would pull the ratio the other way."""
+    given = batch()
+    names = ("target_logprobs", "behavior_logprobs", "old_logprobs", "ref_logprobs")
+    names += ("advantages", "entropy")
+    leaves = {name: getattr(given, name).clone().requires_grad_() for name in names}
+    regularizers = {"kl_loss_coef": 0.3, "kl_corrected": True, "entropy_coeff": 0.1}
+    # The ratio over the old policy beside a weight, and the ratio over the behavior policy.
+    variants = [settings_of(objective, correction="retrace", **regularizers)]
+    if objective != "reinforce":
+        variants.append(settings_of(objective, bypass_mode=True, **regularizers))
+    for settings in variants:
+        loss = policy_loss(replace(given, **leaves), settings).loss_sum
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        moved = {n for n, g in zip(names, gradients, strict=True) if g is not None and g.any()}
+        assert moved == {"target_logprobs", "entropy"}
+
+
+@pytest.mark.parametrize("objective", ["ppo_clip", "cispo"])
+def test_a_ratio_of_the_policy_to_itself_has_the_gradient_of_reinforce(objective):
+    """One update a step needs no pass for old log-probs: they may be the target's own tensor."""
+    given = batch()
+    target = given.target_logprobs.clone().requires_grad_()
+    itself = replace(given, target_logprobs=target, old_logprobs=target)
+    found = torch.autograd.grad(policy_loss(itself, settings_of(objective)).loss_sum, target)
+    plain = torch.autograd.grad(policy_loss(itself, settings_of("reinforce")).loss_sum, target)
+    assert bool(plain[0].any())
+    torch.testing.assert_close(found, plain)
+
+
 def test_dual_clip_holds_some_tokens_of_that_batch():
     for objective in ("ppo_clip", "gspo"):
         settings = settings_of(objective, bypass_mode=True, clip_ratio_c=1.05)
