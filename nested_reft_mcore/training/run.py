@@ -80,8 +80,7 @@ class Run:
         """
         self.config = config
         self.context = context
-        self.directory = Path(config.run_dir)
-        self.state = RunState()
+        self.directory, self.state = Path(config.run_dir), RunState()
         self.lifeline = context.lifeline
         self.timers = Timers(
             torch.cuda.synchronize if torch.cuda.is_available() else None,
@@ -292,11 +291,11 @@ class Run:
         troubles = self.trouble.of_all(self.context)
         try:
             self._save_all()
-            outcome = f"saved after step {self.state.step}; the same command goes on from there"
         except OneSidedError as error:
             return self._stop_alone(error, troubles)
         except (RuntimeError, OSError) as error:
             return self._stop_unsaved(error, troubles)
+        outcome = f"saved after step {self.state.step}; the same command goes on from there"
         self._say(f"stopped: {outcome}", *troubles)
         return ExitCode.FAILURE
 
