@@ -11,7 +11,7 @@ import json
 import sys
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -101,7 +101,12 @@ def _plain(value: Any) -> str:
 
 def _values(field: FieldInfo) -> str:
     """The values that an option takes, in words."""
-    text = _type_name(field.annotation)
+    return _bounded(_type_name(field.annotation), field)
+
+
+def _bounded(text: str, field: FieldInfo) -> str:
+    if any(getattr(limit, "min_length", None) for limit in field.metadata):
+        text = f"non-empty {text}"
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [
         f"{sign} {getattr(limit, name)}"
@@ -117,6 +122,9 @@ def _values(field: FieldInfo) -> str:
 
 def _type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        kind, field = arguments
+        return _bounded(_type_name(kind), field)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, types.UnionType):

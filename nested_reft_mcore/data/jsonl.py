@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.data.records import BrokenRow, OnBroken, Record, refuse, shown
@@ -42,15 +44,43 @@ def read_json_lines(
         raise UserError(f"{path}: the data set is empty; expected one JSON object per line")
 
 
-def refuse_constant(name: str) -> None:
-    """NaN and Infinity, which Python reads and JSON does not know. Always a ValueError."""
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, a key stands twice in an object, or a number is not finite (NaN and
+            Infinity are no JSON, though Python reads them).
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(
+        text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
+    )
+
+
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large for a number")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
 
 
 def _parse(line: bytes, source: str) -> Record:
     """One line as a record; BrokenRow if it is not a JSON object in UTF-8."""
     try:
-        fields = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+        fields = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BrokenRow(f"{source}: not UTF-8 ({error.reason}); expected JSON") from error
     except (ValueError, RecursionError) as error:

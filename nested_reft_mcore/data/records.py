@@ -96,6 +96,8 @@ class Record:
     def missing(self, *keys: str) -> MissingField:
         """An error that none of `keys` is there, for the caller to raise."""
         names = " or ".join(f"'{key}'" for key in keys)
+        if any(key in self.fields for key in keys):
+            return MissingField(f"{self.source}: field {names} is null; expected a value")
         return MissingField(f"{self.source}: no field {names}; found {sorted(self.fields)[:12]}")
 
     def find(self, key: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.data.jsonl import refuse_constant
+from nested_reft_mcore.data.jsonl import parse_json
 from nested_reft_mcore.data.records import BrokenRow, OnBroken, Record, is_unicode, shown
 
 _BATCH_ROWS = 512
@@ -89,7 +89,7 @@ def read_json(path: Path, on_broken: OnBroken) -> Iterator[Record]:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        found = json.loads(text, parse_constant=refuse_constant)
+        found = parse_json(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read; expected JSON: {error.strerror}") from error
     except json.JSONDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,38 @@ from nested_reft_mcore.report.run_record import RunRecord
 
 # Okabe and Ito's colours; dashes and markers tell runs apart in grey.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_GREYS = ("#999999", "#555555", "#cccccc")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "os^vDXP"
 _PLOTS = (
     ("reward", "critic/rewards/mean", "reward"),
     ("warmup_loss", "sft/loss", "loss, nats per token"),
     ("response_length", "response_length/mean", "response length, tokens"),
+    ("truncated", "response_length/clip_ratio", "truncated responses, share"),
     ("tokens_per_second", "perf/generated_tokens_per_second", "generated tokens / s"),
+    ("throughput", "perf/throughput", "tokens / s and process"),
     ("kl", "rollout_corr/kl", "KL(behavior, target), nats per token"),
     ("ess", "nested/ess", "effective sample size, share"),
+    ("ratio_p05", "nested/ratio_p05", "5th percentile of min(r, 1/r)"),
     ("num_skipped", "nested/num_skipped", "layers or parts skipped"),
+    ("entropy", "actor/entropy", "entropy, nats per token"),
+    ("grad_norm", "actor/grad_norm", "gradient norm before clipping"),
+    ("skipped_updates", "training/skipped_updates", "updates skipped so far"),
+    ("reward_timeouts", "reward/timeouts", "reward timeouts so far"),
+    ("reward_errors", "reward/errors", "reward errors so far"),
 )
+_ONLY_IF_ANY = ("skipped_updates", "reward_timeouts", "reward_errors")
+"""Drawn where something went wrong."""
 _PHASES = (
     ("generation", "timing_s/gen"),
     ("reward", "timing_s/reward"),
     ("old log-probs", "timing_s/old_log_prob"),
     ("reference", "timing_s/ref"),
     ("update", "timing_s/update_actor"),
+    ("diagnostics", "timing_s/diagnostics"),
 )
+_AROUND = (("evaluation", "timing_s/testing"), ("saving", "timing_s/save_checkpoint"))
+"""Between the steps, on top of them."""
 DPI = 200
 _FEW_POINTS = 2000
 
@@ -50,7 +65,8 @@ def save_figures(runs: Sequence[RunRecord], directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     sheet = _Sheet(directory)
     for name, metric, label in _PLOTS:
-        if any(metric in step for run in runs for step in run.steps):
+        values = [step[metric] for run in runs for step in run.steps if metric in step]
+        if any(values) or (values and name not in _ONLY_IF_ANY):
             sheet.save(name, lambda axes, m=metric: _lines(axes, runs, m), label)
     # Once a run: they may be counted from the files of all its evaluations.
     intervals = [accuracy_intervals(run) for run in runs]
@@ -61,22 +77,23 @@ def save_figures(runs: Sequence[RunRecord], directory: Path) -> list[Path]:
         sheet.save(
             f"accuracy_{name}",
             lambda axes, m=metric, of=of_runs: _accuracy(axes, runs, m, of),
-            f"{_measure(metric)}, {metric.rpartition('/')[2]}",
+            _accuracy_label(metric),
         )
     for run in runs:
         stem = run.name.replace("/", "_")
         if any("timing_s/step" in step for step in run.steps):
-            sheet.save(f"step_time_{stem}", lambda axes, r=run: _stack(axes, r), "seconds per step")
+            draw = partial(_stack, run=run)
+            sheet.save(f"step_time_{stem}", draw, "seconds per step", legend=False)
         if any(plan not in ("", "none") for plan in run.plans.values()):
             sheet.save(f"layers_{stem}", lambda axes, r=run: _layers(axes, r), "layer", False)
     return sheet.made
 
 
-def _measure(metric: str) -> str:
+def _accuracy_label(metric: str) -> str:
     """`val-core/<set>/<measure>/<statistic>`; a mean `reward` is an accuracy."""
-    parts = metric.split("/")
-    kind = parts[2] if len(parts) > 3 else "reward"
-    return "accuracy" if kind == "reward" else kind
+    _, dataset, *rest = metric.split("/")
+    measure, statistic = (rest[0], "/".join(rest[1:])) if len(rest) > 1 else ("reward", rest[-1])
+    return f"{'accuracy' if measure == 'reward' else measure} on {dataset}, {statistic}"
 
 
 class _Sheet:
@@ -165,14 +182,18 @@ def _stack(axes: Any, run: RunRecord) -> None:
         max(0.0, (step["timing_s/step"] or 0.0) - sum(values[i] for _, values in parts))
         for i, step in enumerate(timed)
     ]
+    around = [(label, [step.get(name) or 0.0 for step in timed]) for label, name in _AROUND]
+    parts += [("rest of the step", rest), *(part for part in around if any(part[1]))]
     axes.stackplot(
         [step["step"] for step in timed],
         *(values for _, values in parts),
-        rest,
-        labels=[*(label for label, _ in parts), "rest"],
-        colors=COLOURS,
+        labels=[label for label, _ in parts],
+        colors=[*COLOURS, *_GREYS],
         alpha=0.85,
     )
+    # Room for the legend above the data.
+    axes.set_ylim(0, 1.5 * max(sum(column) for column in zip(*(v for _, v in parts), strict=True)))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
 
 
 def _layers(axes: Any, run: RunRecord) -> None:

@@ -44,7 +44,7 @@ from nested_reft_mcore.training.evaluation_setup import (
     evaluation_sampling,
     load_questions,
 )
-from nested_reft_mcore.training.judge import Judge
+from nested_reft_mcore.training.judge import Judge, failure_of
 from nested_reft_mcore.training.policy_setup import check_room
 from nested_reft_mcore.training.replicas import gather_from_replicas, is_replica_writer
 from nested_reft_mcore.training.sampling import build_engine
@@ -278,23 +278,20 @@ class Evaluator:
 
     def _rows(self, task: Task, batch: RolloutBatch, results: Sequence[RewardResult]) -> list[_Row]:
         rows_of = {question.key: question.row for question in self.questions}
-        place = self._judged_by
-        rewards = [one.value if place is None else one.components[place] for one in results]
-        answers = self._votes(batch, rewards)
-        verdicts = [
-            (reward, self._components(result))
-            for reward, result in zip(rewards, results, strict=True)
-        ]
+        verdicts = [self._verdict(result) for result in results]
+        answers = self._votes(batch, [verdict.reward for verdict in verdicts])
         return [
             _Row.of(task, rows_of[rollout.prompt_index], rollout, verdict, answer)
             for rollout, verdict, answer in zip(batch.rollouts, verdicts, answers, strict=True)
         ]
 
-    def _components(self, result: RewardResult) -> dict[str, float] | None:
-        """What each of several functions gave, by its label."""
-        if len(self._labels) == 1:
-            return None
-        return dict(zip(self._labels, result.components, strict=True))
+    def _verdict(self, result: RewardResult) -> _Verdict:
+        place, several = self._judged_by, len(self._labels) > 1
+        return _Verdict(
+            reward=result.value if place is None else result.components[place],
+            components=dict(zip(self._labels, result.components, strict=True)) if several else None,
+            failure=failure_of(result),
+        )
 
     def _gather(self, mine: list[_Row]) -> list[_Row]:
         """Those of all replicas, on rank 0, in messages that fit into memory."""
@@ -314,6 +311,15 @@ class Evaluator:
 
 
 @dataclass(frozen=True)
+class _Verdict:
+    reward: float
+    components: dict[str, float] | None
+    """What each of several functions gave, by its label."""
+    failure: str | None
+    """Why it could not be judged."""
+
+
+@dataclass(frozen=True)
 class _Row:
     """A completion as the figures and as the file of completions take it."""
 
@@ -326,18 +332,17 @@ class _Row:
         task: Task,
         row: int,
         rollout: Rollout,
-        verdict: tuple[float, dict[str, float] | None],
+        verdict: _Verdict,
         answer: int | None,
     ) -> _Row:
-        """`verdict` is the reward, and what each of several functions gave."""
-        prompt, (reward, components) = rollout.prompt, verdict
+        prompt = rollout.prompt
         judged = JudgedCompletion(
             policy=task.policy,
             mode=task.mode,
             dataset=prompt.dataset,
             row=row,
             sample=rollout.sample_index,
-            reward=reward,
+            reward=verdict.reward,
             answer=answer,
             num_tokens=len(rollout.token_ids),
             is_truncated=rollout.finish_reason == "length",
@@ -353,11 +358,13 @@ class _Row:
             "prompt": prompt.text,
             "completion": rollout.text,
             "answer": prompt.answer,
-            "reward": reward,
+            "reward": verdict.reward,
             "finish_reason": rollout.finish_reason,
             "num_tokens": len(rollout.token_ids),
             "labels": dict(prompt.labels),
         }
-        if components is not None:
-            line["components"] = components
+        if verdict.components is not None:
+            line["components"] = verdict.components
+        if verdict.failure is not None:
+            line["judge_failure"] = verdict.failure
         return cls(judged, json.dumps(line, ensure_ascii=False) + "\n")

@@ -194,8 +194,8 @@ class Judge:
         self._has_judged = True
         self._tell_failures(results)
         for item, result in zip(items, results, strict=True):
-            if result.error is not None and len(self._failures) < _MAX_FAILURES:
-                reason = "timeout" if result.timed_out else result.error[:_MAX_REASON]
+            reason = failure_of(result)
+            if reason is not None and len(self._failures) < _MAX_FAILURES:
                 self._failures[item.prompt, item.completion] = reason
         return results
 
@@ -255,6 +255,13 @@ class Judge:
                     reason,
                 )
                 self._said[reason] += count
+
+
+def failure_of(result: RewardResult) -> str | None:
+    """Why a completion could not be judged, `timeout` or the error's text; None where it was."""
+    if result.error is None:
+        return None
+    return "timeout" if result.timed_out else result.error[:_MAX_REASON]
 
 
 def values_of(results: Sequence[RewardResult]) -> Tensor:

@@ -18,8 +18,17 @@ COMMAND = (
     *("evaluate", "--hf", "model", "--data", "gsm8k=rows.jsonl", "--data", "own=own.jsonl"),
     *("--num-samples", "2", "--max-new-tokens", "6", "--skip-layers", "1"),
 )
-# The length is no part of what is right, and a place to train from is of no use here.
-REWARDS = "[{name: numeric_match, weight: 2}, {name: length, options: {max_tokens: 6}}]"
+MOODY = """
+def judge(item):
+    if item.answer == "3":
+        raise ValueError("not today")
+    return 1.0
+"""
+# The others are no part of what is right, and a place to train from is of no use here.
+REWARDS = (
+    "[{name: numeric_match, weight: 2}, {name: length, options: {max_tokens: 6}}, "
+    "{name: 'moody.py:judge', weight: 0}]"
+)
 SETTINGS = (
     *(f"reward.functions={REWARDS}", "data.train_path=gone.jsonl"),
     *("rollout.max_slots=2", "seed=4"),
@@ -35,6 +44,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"question": f"w{i} w5", "answer": f"so w1\n#### {i}"} for i in range(20, 24)]
     write_lines(room / "rows.jsonl", rows)
     write_lines(room / "own.jsonl", [{"prompt": "w9", "answer": 3}])
+    (room / "moody.py").write_text(MOODY)
     return room
 
 
@@ -60,8 +70,11 @@ def test_a_killed_evaluation_goes_on_and_others_are_refused(room: Path):
     assert len(completions) == 5 * 2 * 3
     assert {line["answer"] for line in completions} == {"20", "21", "22", "23", "3"}
     for line in completions:
-        assert line["components"].keys() == {"numeric_match", "length"}
+        assert line["components"].keys() == {"numeric_match", "length", "judge"}
         assert line["reward"] == line["components"]["numeric_match"]
+        failed = "judge_failure" in line
+        assert failed == (line["dataset"] == "own")
+        assert not failed or "not today" in line["judge_failure"]
     assert any(line["components"]["length"] for line in completions)
     written = json.loads((room / DEFAULT / "metrics.json").read_text())
     assert "val-core/gsm8k/reward/greedy" in written["metrics"]

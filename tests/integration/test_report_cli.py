@@ -53,7 +53,7 @@ def test_page_and_pictures_are_written_and_told(tmp_path: Path, monkeypatch: pyt
     assert names == {
         *("reward.png", "response_length.png", "tokens_per_second.png", "kl.png", "ess.png"),
         *("num_skipped.png", "accuracy_eval_reward_greedy.png", "step_time_a.png"),
-        *("step_time_b.png", "layers_a.png", "layers_b.png"),
+        *("step_time_b.png", "layers_a.png", "layers_b.png", "ratio_p05.png", "truncated.png"),
     }
     for name in names:
         head = (tmp_path / "report_png" / name).read_bytes()[:24]
