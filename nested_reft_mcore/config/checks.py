@@ -54,7 +54,8 @@ def check_for_training(config: Config) -> None:
     """
     for name in ("top_k", "top_p"):
         value = getattr(config.rollout, name)
-        if value is not None:
+        # The whole distribution, as verl writes it.
+        if value is not None and not (name == "top_p" and value == 1):
             raise UserError(
                 f"rollout.{name}={value}: `train` samples from the full distribution. A truncated "
                 "one leaves out tokens that the target policy gives mass to, and every importance "

@@ -35,7 +35,7 @@ def check_replay(path: Path, temperature: float) -> None:
         )
     for name in ("top_k", "top_p"):
         value = rollout.get(name)
-        if value is not None:
+        if value is not None and not (name == "top_p" and value == 1):
             raise UserError(
                 f"rollout.replay: its rollouts were sampled with rollout.{name}={value} ({path}): "
                 "every importance ratio would be off by the kept mass; expected a run that "

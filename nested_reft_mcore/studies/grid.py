@@ -10,6 +10,7 @@ from typing import Any
 
 from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.checks import check_architecture, check_batches, check_depth
+from nested_reft_mcore.config.data import data_paths
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.layout import check_layout
 from nested_reft_mcore.config.load import load_config
@@ -73,6 +74,11 @@ class StudyRun:
     architecture: ModelArchitecture
     missing: str | None = None
     """A model's directory that is not there yet."""
+
+    @property
+    def missing_data(self) -> list[str]:
+        """Files of its data that are not there, seen from here."""
+        return [path for _, path in data_paths(self.config.data) if not Path(path).exists()]
 
     @property
     def name(self) -> str:

@@ -115,6 +115,8 @@ def _sums(grid: Grid, predictions: Mapping[str, Prediction], cluster: Cluster) -
     ]
     for name in sorted({run.missing for run in grid.runs if run.missing}):
         lines.append(f"not found: {name}; planned with the shape in the configuration")
+    for path in sorted({path for run in grid.runs for path in run.missing_data}):
+        lines.append(f"not found from here: {path}")
     if 0 not in grid.study.skip_ratios:
         lines.append("skip_ratios has no 0: no speed-ups over full depth in the report")
     return lines

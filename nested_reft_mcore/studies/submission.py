@@ -59,6 +59,8 @@ def submit(
         raise UserError(f"submit: not found: {', '.join(missing)}; get the models first")
     for name in missing:
         print(f"not found: {name}; without it `submit` refuses")
+    for path in sorted({path for run in runs for path in run.missing_data}):
+        print(f"not found from here: {path}; the jobs look for it in WORK_DIR (slurm/env.sh)")
     arrays = _arrays(runs, predictions, cluster, _due(grid, runs, predictions, retry, dry_run))
     if not arrays:
         print("nothing to submit: every run is finished, under way, broken, or does not fit")

@@ -180,12 +180,13 @@ def test_what_fits_passes(sections):
     check_config(config(**sections))
 
 
-@pytest.mark.parametrize("name", ["top_k", "top_p"])
-def test_training_refuses_truncated_sampling_and_says_why(name):
-    made = config(rollout={name: 1}, data={"train_path": "x"})
+@pytest.mark.parametrize(("name", "value"), [("top_k", 1), ("top_p", 0.9)])
+def test_training_refuses_truncated_sampling_and_says_why(name, value):
+    made = config(rollout={name: value}, data={"train_path": "x"})
     check_config(made)
-    with pytest.raises(UserError, match=rf"rollout\.{name}=1.*kept mass"):
+    with pytest.raises(UserError, match=rf"rollout\.{name}={value}.*kept mass"):
         check_for_training(made)
+    check_for_training(config(rollout={"top_p": 1.0}, data={"train_path": "x"}))
     check_for_training(config(evaluation={name: 1}, data={"train_path": "x"}))
 
 
