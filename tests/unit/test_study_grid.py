@@ -212,6 +212,19 @@ def test_a_grid_without_full_depth_is_told(tmp_path: Path) -> None:
     assert "skip_ratios has no 0" in plan_text(grid, predict(grid.runs, cluster), cluster)
 
 
+def test_data_that_is_not_there_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    grid = grid_in(tmp_path)
+    cluster = cluster_of(grid.study.cluster, grid.path)
+    predictions = predict(grid.runs, cluster)
+    assert len(grid.runs) > 1
+    assert plan_text(grid, predictions, cluster).count("not found from here: train.jsonl") == 1
+    (tmp_path / "train.jsonl").touch()
+    assert "not found" not in plan_text(grid, predictions, cluster)
+
+
 def test_only_by_parts_of_names(tmp_path: Path) -> None:
     grid = grid_in(tmp_path)
     assert {run.point.pp for run in chosen(grid, ["pp2"])} == {2}
