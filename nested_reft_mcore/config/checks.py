@@ -10,7 +10,7 @@ from nested_reft_mcore.config.corrections import read_correction, read_rejection
 from nested_reft_mcore.config.data import check_data, data_paths, eval_sources, train_sources
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.nested import check_nested, check_protected, num_skipped
-from nested_reft_mcore.config.replay import check_replay
+from nested_reft_mcore.config.replay import check_replay, truncates
 from nested_reft_mcore.config.rewards import check_reward, check_reward_files, evaluated_place
 from nested_reft_mcore.config.schema import (
     Config,
@@ -54,8 +54,7 @@ def check_for_training(config: Config) -> None:
     """
     for name in ("top_k", "top_p"):
         value = getattr(config.rollout, name)
-        # The whole distribution, as verl writes it.
-        if value is not None and not (name == "top_p" and value == 1):
+        if truncates(name, value):
             raise UserError(
                 f"rollout.{name}={value}: `train` samples from the full distribution. A truncated "
                 "one leaves out tokens that the target policy gives mass to, and every importance "

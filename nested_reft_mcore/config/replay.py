@@ -9,6 +9,11 @@ from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.yaml_reader import read_yaml
 
 
+def truncates(name: str, value: float | None) -> bool:
+    """Whether `rollout.<name>`, `top_k` or `top_p`, leaves tokens out; verl writes a top_p of 1."""
+    return value is not None and not (name == "top_p" and value == 1)
+
+
 def check_replay(path: Path, temperature: float) -> None:
     """Refuse rollouts of another temperature, or of a truncated distribution: all log-probs of a
     ratio are at one temperature, and over all tokens.
@@ -35,7 +40,7 @@ def check_replay(path: Path, temperature: float) -> None:
         )
     for name in ("top_k", "top_p"):
         value = rollout.get(name)
-        if value is not None and not (name == "top_p" and value == 1):
+        if truncates(name, value):
             raise UserError(
                 f"rollout.replay: its rollouts were sampled with rollout.{name}={value} ({path}): "
                 "every importance ratio would be off by the kept mass; expected a run that "

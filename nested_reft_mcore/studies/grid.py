@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -74,11 +74,6 @@ class StudyRun:
     architecture: ModelArchitecture
     missing: str | None = None
     """A model's directory that is not there yet."""
-
-    @property
-    def missing_data(self) -> list[str]:
-        """Files of its data that are not there, seen from here."""
-        return [path for _, path in data_paths(self.config.data) if not Path(path).exists()]
 
     @property
     def name(self) -> str:
@@ -209,6 +204,12 @@ def _check_layouts(study: StudyFile, path: Path) -> None:
                     "is named twice; expected it once, or a `variant` that tells them apart"
                 )
             seen.add(sizes)
+
+
+def missing_data(runs: Iterable[StudyRun]) -> list[str]:
+    """Files of the runs' data that are not there, seen from here; each once, in order."""
+    named = {path for run in runs for _, path in data_paths(run.config.data)}
+    return sorted(path for path in named if not Path(path).exists())
 
 
 def _replicas(study: StudyFile, size: str, layout: LayoutSection) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nested_reft_mcore.config.nested import num_skipped
-from nested_reft_mcore.studies.grid import Grid, StudyRun
+from nested_reft_mcore.studies.grid import Grid, StudyRun, missing_data
 from nested_reft_mcore.studies.prediction import Cluster, Prediction
 
 _HEAD = ("run", "parameters", "skipped", "GPUs", "GB of a GPU", "step", "run", "GPU-hours", "")
@@ -115,8 +115,7 @@ def _sums(grid: Grid, predictions: Mapping[str, Prediction], cluster: Cluster) -
     ]
     for name in sorted({run.missing for run in grid.runs if run.missing}):
         lines.append(f"not found: {name}; planned with the shape in the configuration")
-    for path in sorted({path for run in grid.runs for path in run.missing_data}):
-        lines.append(f"not found from here: {path}")
+    lines += [f"not found from here: {path}" for path in missing_data(grid.runs)]
     if 0 not in grid.study.skip_ratios:
         lines.append("skip_ratios has no 0: no speed-ups over full depth in the report")
     return lines

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.studies.grid import Grid, StudyRun
+from nested_reft_mcore.studies.grid import Grid, StudyRun, missing_data
 from nested_reft_mcore.studies.prediction import Cluster, Prediction
 from nested_reft_mcore.studies.queue import SUBMISSIONS
 from nested_reft_mcore.studies.states import RunState, now, set_aside, write_aside
@@ -59,7 +59,7 @@ def submit(
         raise UserError(f"submit: not found: {', '.join(missing)}; get the models first")
     for name in missing:
         print(f"not found: {name}; without it `submit` refuses")
-    for path in sorted({path for run in runs for path in run.missing_data}):
+    for path in missing_data(runs):
         print(f"not found from here: {path}; the jobs look for it in WORK_DIR (slurm/env.sh)")
     arrays = _arrays(runs, predictions, cluster, _due(grid, runs, predictions, retry, dry_run))
     if not arrays:

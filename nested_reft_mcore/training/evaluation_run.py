@@ -14,7 +14,7 @@ from typing import Any
 
 from nested_reft_mcore.checkpoints.publish import write_whole
 from nested_reft_mcore.config.errors import UserError
-from nested_reft_mcore.config.rewards import evaluated_measure, evaluated_place
+from nested_reft_mcore.config.rewards import WEIGHTED_SUM, evaluated_place
 from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.data.jsonl_writer import check_output_file
 from nested_reft_mcore.hf.config import model_architecture, model_source
@@ -152,10 +152,9 @@ def evaluation_settings(
         digest.update(repr(key).encode())
         digests[prompt.dataset] = (count + 1, digest)
     rollout, evaluation = config.rollout, config.evaluation
-    measure = evaluated_measure(config.reward, evaluation.reward)
-    place = evaluated_place(config.reward, evaluation.reward)
-    by = measure if place is None else config.reward.weighted[place].metric_name
-    judged_by = {"judged_by": by} if len(config.reward.weighted) > 1 else {}
+    functions, place = config.reward.weighted, evaluated_place(config.reward, evaluation.reward)
+    by = WEIGHTED_SUM if place is None else functions[place].metric_name
+    judged_by = {"judged_by": by} if len(functions) > 1 else {}
     return {
         "weights": weights_identity(config.model, config.seed),
         "dtype": config.model.dtype,

@@ -301,9 +301,9 @@ class Run:
 
     def _stop_alone(self, error: OneSidedError, troubles: list[str]) -> int:
         """Say what could not be saved; the others wait for this process, and are ended with it."""
-        text = "; ".join([str(error), self._what_stands(), *troubles])
-        self.lifeline.fail(ExitCode.FAILURE, text, error=error)
-        self._say(f"stopped: {error}; {self._what_stands()}", *troubles)
+        outcome = f"{error}; {self._what_stands()}"
+        self.lifeline.fail(ExitCode.FAILURE, "; ".join([outcome, *troubles]), error=error)
+        self._say(f"stopped: {outcome}", *troubles)
         return ExitCode.FAILURE
 
     def _stop_unsaved(self, error: RuntimeError | OSError, troubles: list[str]) -> int:
