@@ -8,6 +8,7 @@ process gives the signs of life (`pulse`).
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import select
 import socket
@@ -73,7 +74,7 @@ class Lifeline:
     @property
     def is_joined(self) -> bool:
         """Whether others watch over this process, and it over them."""
-        return self._thread is not None and not self._parted
+        return self._thread is not None and self._thread.is_alive() and not self._parted
 
     def doing(self) -> str:
         """What this process does just now, in words."""
@@ -158,7 +159,9 @@ class Lifeline:
         self._sent.clear()
         self._outbox.append(message)
         if self._waker is not None:
-            self._waker.send(b"\0")
+            # A thread that has just sent this by itself, or has heard rank 0 part, does not listen.
+            with contextlib.suppress(BrokenPipeError):
+                self._waker.send(b"\0")
 
     def _guarded(self, wires: list[Wire], reader: socket.socket, watchers: Watchers) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import queue
@@ -20,6 +21,7 @@ import pytest
 
 import nested_reft_mcore
 from nested_reft_mcore.launch.hub import Hub, Member, waiting_lines
+from nested_reft_mcore.launch.lifeline import Lifeline, Watchers
 from nested_reft_mcore.launch.parent import LOCAL_MARKER
 from nested_reft_mcore.launch.verdict import Trouble, Verdict, judge
 from nested_reft_mcore.launch.whereabouts import error_whereabouts, main_thread_whereabouts
@@ -162,6 +164,41 @@ def test_who_says_goodbye_is_not_lost(watch) -> None:
     watched.hub.part(20)
     assert time.monotonic() - began < 10
     assert watched.ended.empty()
+
+
+class Hasty(collections.deque[dict[str, Any]]):
+    """What stands in it has been sent before whoever put it there goes on."""
+
+    def append(self, message: dict[str, Any]) -> None:
+        super().append(message)
+        _eventually(lambda: not self)
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["rank 0 parts", "this one parts"])
+def test_parting_takes_no_harm_where_the_thread_has_already_ended(watch, is_first: bool) -> None:
+    watched = watch(2)
+    line = Lifeline(1, "node1")
+    with socket.create_server(("127.0.0.1", 0)) as pulse:
+        where = Watchers(
+            "127.0.0.1", watched.hub.port, TOKEN, pulse.getsockname()[1], "node0", 30.0, 0.05
+        )
+        line.join(where)
+        if is_first:
+            watched.hub.silence()
+            _eventually(lambda: not line.is_joined)
+        else:
+            line._outbox = Hasty()
+        assert line.is_joined is not is_first
+        line.part()
+    assert watched.ended.empty()
+
+
+def _eventually(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_strangers_are_turned_away_and_disturb_nobody(watch) -> None:
