@@ -183,13 +183,13 @@ def commands_of(run: StudyRun, root: Path) -> list[list[str]]:
         if run.options["nested.law"] == "sensitivity":
             probe = str(directory / PROBE_FILE)
             commands.append(["probe", *start, "--output", probe, *_probe_options(run.setup, files)])
-            options.append(f"nested.sensitivity_path={json.dumps(probe)}")
+            options += _words({"nested.sensitivity_path": probe})
         commands.append(["train", config, *start, *options])
     if run.setup.evaluation is not None:
         end = ["--checkpoint", str(directory / "checkpoints")]
-        apart = _words({**files, **run.options, **run.setup.evaluation})
         output = ["--output", str(directory / EVALUATION_FILE)]
-        commands.append(["evaluate", config, *end, *output, *apart])
+        apart = _words(run.setup.evaluation)
+        commands.append(["evaluate", config, *end, *output, *options, *apart])
     return [[sys.executable, "-m", "nested_reft_mcore", *words] for words in commands]
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import nested_reft_mcore
-from nested_reft_mcore.config.checks import check_for_training
+from nested_reft_mcore.config.checks import check_for_evaluation, check_for_training
 from nested_reft_mcore.config.load import load_config
 
 EXAMPLE = Path(nested_reft_mcore.__file__).parents[1] / "examples" / "correction_study"
@@ -83,10 +83,16 @@ def test_study_file_holds_runs_that_train_accepts(tmp_path):
     of_main = [run for run in study.runs[: 8 * (1 + len(main.arms))] if run.start]
     assert [run.seed for run in of_main] == sorted(run.seed for run in of_main)
     assert [run.arm for run in of_main[: len(main.arms)]] == list(main.arms)
-    for run in {run.arm: run for run in study.runs if run.start}.values():
-        words = next(w for w in commands_of(run, tmp_path) if "train" in w)
-        overrides = [w for w in words if "=" in w and not w.startswith("-")]
-        check_for_training(load_config(run.setup.config, overrides))
+    checks = {"train": check_for_training, "evaluate": check_for_evaluation}
+    checked = set()
+    for run in {(run.setup.name, run.arm): run for run in study.runs if run.start}.values():
+        for words in commands_of(run, tmp_path):
+            command = words[3]
+            if command in checks:
+                overrides = [word for word in words if "=" in word and not word.startswith("-")]
+                checks[command](load_config(run.setup.config, overrides))
+                checked.add((command, run.options["nested.law"]))
+    assert checked >= {("evaluate", "uniform"), ("evaluate", "sensitivity")}
 
 
 def test_runs_by_sensitivity_probe_their_own_warm_start_first(tmp_path):
