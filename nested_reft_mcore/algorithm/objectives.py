@@ -167,8 +167,8 @@ def policy_loss(inputs: LossInputs, settings: ObjectiveSettings) -> LossOutput:
     (arXiv 2506.13585); `gspo` is `ppo_clip` with the geometric mean of the sequence's r at each of
     its tokens (arXiv 2507.18071). An entropy bonus and a KL term are added token by token.
 
-    A token is kept if the response mask holds it, its ratios are finite, and neither correction nor
-    rejection drops it. All other positions influence nothing, and their gradients are exactly 0.
+    A token is kept if the response mask holds it, its ratios (and its entropy, where that counts)
+    are finite, and neither correction nor rejection drops it. All other positions influence nothing, and their gradients are exactly 0.
     Raises ValueError where log-probs or entropies that the settings need are missing.
     """
     numerator = _correction_numerator(inputs, settings)
@@ -209,7 +209,7 @@ class _TokenLosses:
     losses: Float[Tensor, "batch seq"]
     kept: Bool[Tensor, "batch seq"]
     num_non_finite: Int64[Tensor, ""]
-    """Tokens dropped because a ratio of the objective itself is not finite."""
+    """Tokens dropped because something of the objective itself is not finite."""
     metrics: dict[str, Float[Tensor, "batch seq"]]
 
 
@@ -313,6 +313,9 @@ def _with_regularizers(
     if settings.entropy_coeff != 0:
         if inputs.entropy is None:
             raise ValueError("an entropy bonus needs entropy")
+        has_entropy = inputs.entropy.isfinite()
+        num_non_finite = num_non_finite + (kept & ~has_entropy).sum()
+        kept = kept & has_entropy
         losses = losses - settings.entropy_coeff * fill_masked(inputs.entropy, kept)
     return _TokenLosses(losses, kept, num_non_finite, metrics)
 

@@ -121,6 +121,25 @@ def test_non_finite_tokens_leave_loss_and_denominator(settings):
     assert inputs.target_logprobs.grad[0, 1:].tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("objective", ["reinforce", "ppo_clip", "cispo", "gspo"])
+def test_a_token_without_a_finite_entropy_leaves_loss_and_denominator(objective):
+    entropy = torch.tensor([[0.5, math.nan, math.inf]], dtype=torch.float64, requires_grad=True)
+    logprobs = [-1.0, -2.0, -3.0]
+    inputs = inputs_of(logprobs, logprobs, old=logprobs, entropy=entropy)
+    output = policy_loss(inputs, ObjectiveSettings(objective=objective, entropy_coeff=0.1))
+    output.loss_sum.backward()
+    alone = inputs_of([-1.0], [-1.0], old=[-1.0], entropy=entropy[:, :1].detach())
+    expected = policy_loss(alone, ObjectiveSettings(objective=objective, entropy_coeff=0.1))
+    assert output.loss_sum.item() == pytest.approx(expected.loss_sum.item())
+    assert int(output.denominator) == 1
+    assert output.metrics.sums["nested/num_non_finite_ratios"].item() == 2
+    assert finalize_metrics(output.metrics)["actor/entropy"] == 0.5
+    assert entropy.grad is not None
+    assert entropy.grad[0].tolist() == [-0.1, 0.0, 0.0]
+    assert inputs.target_logprobs.grad is not None
+    assert inputs.target_logprobs.grad[0, 1:].tolist() == [0.0, 0.0]
+
+
 def test_entropy_is_reported_without_gradient():
     entropy = torch.tensor([[0.5, 1.5]], dtype=torch.float64, requires_grad=True)
     output = policy_loss(
