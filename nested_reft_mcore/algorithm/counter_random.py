@@ -33,7 +33,7 @@ class Stream(IntEnum):
     SAMPLING = 3
     """The uniform number behind a sampled token."""
     LAYER_DROPOUT = 4
-    """How many and which layers a warm-up batch drops."""
+    """How many and which layers a batch of the warm-up, or an update, drops."""
     ACCEPTANCE = 5
     """The uniform number that decides on a drafted token."""
     RESIDUAL = 6

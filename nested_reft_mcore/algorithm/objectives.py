@@ -168,8 +168,9 @@ def policy_loss(inputs: LossInputs, settings: ObjectiveSettings) -> LossOutput:
     its tokens (arXiv 2507.18071). An entropy bonus and a KL term are added token by token.
 
     A token is kept if the response mask holds it, its ratios (and its entropy, where that counts)
-    are finite, and neither correction nor rejection drops it. All other positions influence nothing, and their gradients are exactly 0.
-    Raises ValueError where log-probs or entropies that the settings need are missing.
+    are finite, and neither correction nor rejection drops it. All other positions influence
+    nothing, and their gradients are exactly 0. Raises ValueError where log-probs or entropies that
+    the settings need are missing.
     """
     numerator = _correction_numerator(inputs, settings)
     off_policy = log_importance_ratio(

@@ -8,6 +8,7 @@ from nested_reft_mcore.config.architecture import ModelArchitecture
 from nested_reft_mcore.config.controller import check_controller
 from nested_reft_mcore.config.corrections import read_correction, read_rejections
 from nested_reft_mcore.config.data import check_data, data_paths, eval_sources, train_sources
+from nested_reft_mcore.config.dropout import check_dropout
 from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.nested import check_nested, check_protected, num_skipped
 from nested_reft_mcore.config.replay import check_replay, truncates
@@ -38,7 +39,7 @@ def check_config(config: Config) -> None:
     check_controller(config)
     check_reward(config.reward)
     evaluated_place(config.reward, config.evaluation.reward)
-    _check_sft(config)
+    check_dropout(config)
     _check_objective(config)
     _check_steps(config)
     if config.model.architecture is not None:
@@ -171,6 +172,8 @@ def check_depth(config: Config, num_layers: int) -> None:
     controller = config.controller
     most = max(controller.min_skipped, controller.max_skipped or 0)
     _check_skippable("controller", most, num_layers, nested.border_layers, protected, "nested")
+    dropped = config.train.max_dropped_layers
+    _check_skippable("train", dropped, num_layers, nested.border_layers, protected, "nested")
 
 
 def check_batches(config: Config, data_parallel_size: int) -> None:
@@ -260,20 +263,6 @@ def _check_optimizer(key: str, optimizer: OptimizerConfig) -> None:
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_steps is None:
         raise UserError(
             f"{key}.lr_decay_style=WSD needs {key}.lr_wsd_decay_steps, the length of its decay"
-        )
-
-
-def _check_sft(config: Config) -> None:
-    sft = config.sft
-    if sft.min_skipped > sft.max_skipped:
-        raise UserError(
-            f"sft.min_skipped={sft.min_skipped} is above sft.max_skipped={sft.max_skipped}"
-        )
-    if sft.max_skipped and sft.optimizer.overlap_grad_reduce:
-        raise UserError(
-            f"sft.max_skipped={sft.max_skipped} with sft.optimizer.overlap_grad_reduce=true: "
-            "gradients of a dropped layer never become ready, so their reduction never starts; "
-            "turn one of them off"
         )
 
 

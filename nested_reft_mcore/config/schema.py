@@ -247,6 +247,8 @@ class TrainConfig(Section):
     """Instead: sequences of like length up to so many tokens, padding included; spread evenly."""
     logprob_chunk_tokens: int | None = Field(default=None, gt=0)
     """Tokens whose logits exist at the same time; left out: as many as make 128 MiB."""
+    max_dropped_layers: int = Field(default=0, ge=0)
+    """Layer dropout: each update leaves out 0 to so many random layers; `nested` protects some."""
     max_skipped_updates: int = Field(default=5, gt=0)
     """So many non-finite updates in a row stop the run."""
 

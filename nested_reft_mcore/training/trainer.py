@@ -26,6 +26,7 @@ from nested_reft_mcore.mcore.hf_weights import export_hf_weights
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.rollout.batch import TrainingBatch
 from nested_reft_mcore.training.advantages import replica_advantages, shaped_rewards
+from nested_reft_mcore.training.dropout import update_dropout
 from nested_reft_mcore.training.dumping import write_step, write_vocabulary
 from nested_reft_mcore.training.evaluation import Evaluator
 from nested_reft_mcore.training.experience import (
@@ -134,8 +135,9 @@ def _loop(
             metrics = rollout_metrics(rollouts, scores, rewards, run.context) | collected.metrics
             split = _split_ratio(run, learner, batch, rollouts.plan)
             updates = []
-            for minibatch in batch.deal(config.train.updates_per_step):
-                updates.append(learner.update(minibatch))
+            for number, minibatch in enumerate(batch.deal(config.train.updates_per_step)):
+                dropped = update_dropout(config, run.policy, step, number)
+                updates.append(learner.update(minibatch, dropped))
                 state.count(updates[-1].applied, config.train.max_skipped_updates)
                 fault_point("mid-update", step, run.context.rank)
             if step == first_step:
@@ -196,9 +198,11 @@ def _check_engine_noise(run: Run, plan: LayerSkipPlan, first_update: UpdateResul
     if first_update.metrics.get(NUM_NON_FINITE, 0.0) > 0:
         # Such ratios are in no mean: it would tell of the others alone.
         k3_kl = math.inf
-    if plan.skipped or run.config.rollout.replay is not None or not run.context.is_main:
+    config = run.config
+    is_off_policy = plan.skipped or config.train.max_dropped_layers or config.rollout.replay
+    if is_off_policy or not run.context.is_main:
         return
-    trouble = explain_engine_noise(k3_kl, run.config.model.dtype)
+    trouble = explain_engine_noise(k3_kl, config.model.dtype)
     if trouble is not None:
         _log.warning("%s", trouble)
 

@@ -1,4 +1,4 @@
-"""One optimizer step of the full-depth policy on a mini-batch of rollouts."""
+"""One optimizer step of the policy, at full depth by default, on a mini-batch of rollouts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nested_reft_mcore.algorithm.diagnostics import MetricTerms
 from nested_reft_mcore.algorithm.importance import CorrectionSettings
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.algorithm.objectives import LossInputs, ObjectiveSettings, policy_loss
 from nested_reft_mcore.algorithm.rejection import RejectionRule
 from nested_reft_mcore.config.corrections import read_correction, read_rejections
@@ -80,7 +81,7 @@ def objective_settings(config: AlgorithmConfig, max_response_length: int) -> Obj
 
 
 class Learner:
-    """Turns a replica's rollouts into updates of the full-depth policy."""
+    """Turns a replica's rollouts into updates of the policy."""
 
     def __init__(
         self,
@@ -137,13 +138,16 @@ class Learner:
             self._policy, batch, temperature=self._temperature, **self._pass_options
         )
 
-    def update(self, batch: TrainingBatch) -> UpdateResult:
+    def update(self, batch: TrainingBatch, dropped: LayerSkipPlan | None = None) -> UpdateResult:
         """Take one step on `batch`, this replica's share of the global mini-batch.
 
+        With layer dropout the target policy, whose log-probs and gradient these are, is the one
+        without the `dropped` layers; the others stay as they are but for the optimizer's momentum.
         The loss is divided by a denominator of the global mini-batch (`loss_agg_mode`), rejected
         tokens left out. A step whose gradient is not finite is not taken.
         """
-        with self._timers("update_actor"):
+        dropped = dropped or LayerSkipPlan.full(self._policy.architecture.num_layers)
+        with self._timers("update_actor"), self._policy.nested(dropped):
             self._optimizer.zero_grad()
             result = run_batch(
                 self._policy,
@@ -157,6 +161,7 @@ class Learner:
             "perf/padding_share": _padding_share(result, self._policy.context),
             "actor/grad_norm": outcome.grad_norm,
             "actor/lr": outcome.lr,
+            "actor/num_dropped_layers": float(dropped.num_skipped),
         }
         terms = _global_terms(result.outputs, self._policy.context)
         return UpdateResult(outcome.applied, terms, figures, result.logprobs)

@@ -7,9 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nested_reft_mcore.algorithm.counter_random import Stream, integer_below
-from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, draw_plan
-from nested_reft_mcore.config.schema import Config, SftConfig
+from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
+from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.data.demonstrations import (
     Demonstration,
     DemonstrationSet,
@@ -20,9 +19,9 @@ from nested_reft_mcore.data.stream import PromptStream, shard_range
 from nested_reft_mcore.launch.context import ParallelContext
 from nested_reft_mcore.launch.exit_codes import ExitCode
 from nested_reft_mcore.launch.signals import StopSignals
-from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.pipeline import broadcast_object, run_batch
 from nested_reft_mcore.rollout.batch import TrainingBatch
+from nested_reft_mcore.training.dropout import warm_up_dropout
 from nested_reft_mcore.training.replicas import add_up, gather_from_replicas
 from nested_reft_mcore.training.run import Run
 
@@ -57,7 +56,7 @@ def _loop(run: Run, demonstrations: DemonstrationSet, stream: PromptStream) -> i
     for step in range(run.state.step, sft.num_steps):
         run.check()
         with run.timers("step"):
-            plan = dropout_plan(sft, run.policy, config.seed, step)
+            plan = warm_up_dropout(config, run.policy, step)
             places = stream.next()[share.start : share.stop]
             batch = training_batch(
                 [demonstrations[place] for place in places],
@@ -71,20 +70,6 @@ def _loop(run: Run, demonstrations: DemonstrationSet, stream: PromptStream) -> i
         if run.is_due(config.checkpoint.interval):
             run.save()
     return ExitCode.OK
-
-
-def dropout_plan(sft: SftConfig, policy: Policy, seed: int, step: int) -> LayerSkipPlan:
-    """The layers that a batch leaves out: a pure function of (seed, step)."""
-    choices = sft.max_skipped - sft.min_skipped + 1
-    num_skipped = sft.min_skipped + integer_below(choices, Stream.LAYER_DROPOUT, seed, step)
-    return draw_plan(
-        "uniform",
-        policy.architecture.num_layers,
-        num_skipped,
-        sft.border_layers,
-        policy.stage_of_layer,
-        (Stream.LAYER_DROPOUT, seed, step, 1),
-    )
 
 
 def training_batch(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from model_cases import Outcome, build, forward_backward, shapes, shard, training_batch
-from update_worker import layout
+from update_cases import layout
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import OptimizerConfig, ParallelConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model_cases import architecture, build, forward_backward, training_batch
-from update_worker import layout
+from update_cases import layout
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import ModelConfig, OptimizerConfig

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from run_workers import run_workers
-from update_worker import ALGORITHMS, SPREAD, Measured, measure_layouts, two_process_checks
+from update_cases import ALGORITHMS
+from update_worker import SPREAD, Measured, measure_layouts, two_process_checks
 
 TP, PP, VPP = (
     "tensor_model_parallel_size",
@@ -179,6 +180,16 @@ def test_the_reference_is_what_the_policy_began_as(pair: list[dict[str, Any]]) -
         for layout, optimizers in found["reference"].items():
             for optimizer, checks in optimizers.items():
                 assert checks == dict.fromkeys(names, True), (layout, optimizer)
+
+
+@pytest.mark.parametrize("layout", ["replicas", "stages", "shards"])
+def test_an_update_without_some_layers(pair: list[dict[str, Any]], layout: str) -> None:
+    names = (
+        *("sees the nested policy", "moves the layers that ran, and no others"),
+        *("leaves out a layer here", "is the full policy again", "tells"),
+    )
+    for found in pair:
+        assert found["dropout"][layout] == dict.fromkeys(names, True)
 
 
 @pytest.mark.parametrize("case", ["tied", "untied"])

@@ -3,76 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from model_cases import VOCAB_SIZE, architecture, build
+from model_cases import build
 from score_cases import compare_scores
+from update_cases import (
+    ALGORITHMS,
+    configuration,
+    given_rollouts,
+    layout,
+    learner_of,
+    sampled_rollouts,
+)
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 from nested_reft_mcore.config.schema import (
-    AlgorithmConfig,
-    Config,
-    ModelConfig,
-    NestedConfig,
     OptimizerConfig,
     ParallelConfig,
-    RolloutConfig,
-    TrainConfig,
 )
-from nested_reft_mcore.data.stream import shard_range
 from nested_reft_mcore.launch.context import ParallelContext, RankInfo
 from nested_reft_mcore.mcore.checkpoint import save_weights
 from nested_reft_mcore.mcore.decode import PolicyDecoder
-from nested_reft_mcore.mcore.initialize import initialize_parallel, shutdown
+from nested_reft_mcore.mcore.initialize import shutdown
 from nested_reft_mcore.mcore.model import Policy
 from nested_reft_mcore.mcore.optimizer import PolicyOptimizer
 from nested_reft_mcore.mcore.weights import named_parameters
-from nested_reft_mcore.observability.timers import Timers
-from nested_reft_mcore.rollout.engine import RolloutEngine
-from nested_reft_mcore.rollout.types import (
-    Prompt,
-    Rollout,
-    RolloutBatch,
-    RolloutStats,
-    SamplingParams,
-)
 from nested_reft_mcore.training.reference import ReferencePolicy
 from nested_reft_mcore.training.trainer import check_plan_across_ranks, skip_schedule
 from nested_reft_mcore.training.update import Learner, UpdateResult
 
-NUM_PROMPTS, GROUP_SIZE, TEMPERATURE = 8, 2, 0.7
-ALGORITHMS = {
-    "reinforce/base": AlgorithmConfig(objective="reinforce", rollout_is="base"),
-    # Weights, rejections and denominators of whole sequences.
-    "reinforce/sequences": AlgorithmConfig(
-        objective="reinforce",
-        rollout_is="geometric",
-        rollout_rs="seq_mean_k1,token_k3",
-        rollout_rs_threshold="3,2",
-        loss_agg_mode="seq-mean-token-mean",
-    ),
-    # Bounds so narrow that the second update meets them.
-    "ppo_clip/decoupled": AlgorithmConfig(
-        objective="ppo_clip", rollout_is="retrace", clip_ratio_low=0.02, clip_ratio_high=0.02
-    ),
-}
+DROPPED = {"reinforce/sequences": ("2,5", "1,4,6")}
+"""Layers of either stage that the two updates leave out."""
 SPREAD = "ppo_clip/decoupled"
 """What every layout also runs with a distributed optimizer and micro-batches filled by tokens."""
 OPTIMIZERS = {
     "replicated": OptimizerConfig(lr=1e-3, clip_grad=0.5),
     "distributed": OptimizerConfig(lr=1e-3, clip_grad=0.5, use_distributed_optimizer=True),
-}
-MICRO_BATCHES = {
-    "4 rows": {"micro_batch_size": 4},
-    "2 rows": {"micro_batch_size": 2},
-    # The longest sequence has 15.
-    "40 tokens": {"max_tokens_per_micro_batch": 40, "logprob_chunk_tokens": 7},
 }
 OVERLAPPED = {
     "use_distributed_optimizer": True,
@@ -81,79 +50,6 @@ OVERLAPPED = {
 }
 Measured = dict[str, Any]
 """Numbers of one layout, by the name of what was measured."""
-
-
-@contextmanager
-def layout(ranks: RankInfo, options: dict[str, Any]) -> Iterator[tuple[Any, ParallelContext]]:
-    """Megatron's groups for one layout; the processes stay together for the next one."""
-    parallel = ParallelConfig(**options)
-    yield parallel, initialize_parallel(parallel, ranks, seed=0)
-    parallel_state.destroy_model_parallel()
-
-
-def configuration(
-    algorithm: AlgorithmConfig = ALGORITHMS["reinforce/base"], micro_batches: str = "4 rows"
-) -> Config:
-    """What a Learner reads, and a law of plans."""
-    return Config(
-        run_dir="unused",
-        model=ModelConfig(architecture=architecture()),
-        nested=NestedConfig(num_skipped=3, law="uniform"),
-        rollout=RolloutConfig(temperature=TEMPERATURE),
-        algorithm=algorithm,
-        train=TrainConfig(**MICRO_BATCHES[micro_batches]),
-    )
-
-
-def learner_of(policy: Policy, optimizer: PolicyOptimizer, config: Config) -> Learner:
-    return Learner(config, policy, optimizer, None, 0, Timers())
-
-
-def given_rollouts(context: ParallelContext) -> tuple[RolloutBatch, torch.Tensor]:
-    """This replica's share of rollouts that nobody sampled, and advantages of unlike sizes."""
-    generator = torch.Generator().manual_seed(8)
-    rollouts, advantages = [], []
-    for number in range(NUM_PROMPTS * GROUP_SIZE):
-        lengths = torch.randint(2, 9, (2,), generator=generator).tolist()
-        prompt, response = (
-            tuple(torch.randint(0, VOCAB_SIZE, (n,), generator=generator).tolist()) for n in lengths
-        )
-        # Around the log-prob of a uniform draw: ratios on both sides of 1.
-        logprobs = -3.7 + 1.5 * torch.randn(lengths[1], generator=generator)
-        place, sample = divmod(number, GROUP_SIZE)
-        rollouts.append(
-            Rollout(Prompt(prompt, ""), place, sample, response, tuple(logprobs.tolist()), "stop")
-        )
-        advantages.append(10.0 ** (number % 3 - 1) * (-1) ** number)
-    share = shard_range(NUM_PROMPTS, context.data.rank, context.data.size)
-    rows = slice(share.start * GROUP_SIZE, share.stop * GROUP_SIZE)
-    batch = RolloutBatch(
-        tuple(rollouts[rows]), GROUP_SIZE, LayerSkipPlan.full(8), RolloutStats(0, 0.0)
-    )
-    return batch, torch.tensor(advantages[rows])
-
-
-def sampled_rollouts(
-    policy: Policy, decoder: PolicyDecoder, plan: LayerSkipPlan, step: int = 0
-) -> RolloutBatch:
-    """This replica's share of what the policy samples under `plan`."""
-    data = policy.context.data
-    generator = torch.Generator().manual_seed(21)
-    prompts = [
-        Prompt(tuple(torch.randint(0, VOCAB_SIZE, (2 + n % 3,), generator=generator).tolist()), "")
-        for n in range(NUM_PROMPTS)
-    ]
-    share = shard_range(NUM_PROMPTS, data.rank, data.size)
-    sampling = SamplingParams(6, temperature=TEMPERATURE, stop_token_ids=(7,), seed=2, step=step)
-    with policy.nested(plan):
-        return RolloutEngine(6).generate(
-            decoder,
-            prompts[share.start : share.stop],
-            GROUP_SIZE,
-            sampling,
-            plan,
-            first_prompt_index=share.start,
-        )
 
 
 def measure_layouts(ranks: RankInfo, layouts: dict[str, dict[str, Any]]) -> dict[str, Measured]:
@@ -175,7 +71,7 @@ def measure(parallel: ParallelConfig, context: ParallelContext) -> Measured:
     for algorithm, optimizer_name, size in variants(context):
         policy, optimizer = build(parallel, context, optimizer=OPTIMIZERS[optimizer_name])
         learner = learner_of(policy, optimizer, configuration(ALGORITHMS[algorithm], size))
-        updates = two_updates(learner, context)
+        updates = two_updates(learner, context, DROPPED.get(algorithm, ("", "")))
         padding[size] = [metrics.pop("perf/padding_share") for metrics in updates]
         found[f"{algorithm}/{optimizer_name}/{size}"] = updates
     found["padding"] = padding
@@ -200,11 +96,16 @@ def variants(context: ParallelContext) -> list[tuple[str, str, str]]:
     return [(name, optimizer, size) for name in ALGORITHMS for optimizer, size in kinds] + [spread]
 
 
-def two_updates(learner: Learner, context: ParallelContext) -> list[dict[str, float]]:
+def two_updates(
+    learner: Learner, context: ParallelContext, dropped: tuple[str, str]
+) -> list[dict[str, float]]:
     """Metrics of the two mini-batches of a step."""
     rollouts, advantages = given_rollouts(context)
     batch = learner.training_batch(rollouts).with_advantages(advantages)
-    updates = [learner.update(minibatch) for minibatch in batch.deal(2)]
+    updates = [
+        learner.update(minibatch, LayerSkipPlan.parse(plan, 8))
+        for minibatch, plan in zip(batch.deal(2), dropped, strict=True)
+    ]
     assert all(update.applied for update in updates)
     return [update.metrics for update in updates]
 
@@ -327,6 +228,11 @@ def two_process_checks(ranks: RankInfo) -> dict[str, Any]:
         "broken on two replicas": skip_a_broken_update(ranks, {}),
         "broken on two stages": skip_a_broken_update(ranks, {"pipeline_model_parallel_size": 2}),
         "padding": padding_at_two(ranks),
+        "dropout": {
+            "replicas": update_without_layers(ranks, {}),
+            "stages": update_without_layers(ranks, {"pipeline_model_parallel_size": 2}),
+            "shards": update_without_layers(ranks, {"tensor_model_parallel_size": 2}),
+        },
         "reference": {
             "replicas": reference_policy(ranks, {}),
             "stages": reference_policy(ranks, {"pipeline_model_parallel_size": 2}),
@@ -335,6 +241,38 @@ def two_process_checks(ranks: RankInfo) -> dict[str, Any]:
     }
     shutdown()
     return found
+
+
+def update_without_layers(ranks: RankInfo, options: dict[str, Any]) -> dict[str, bool]:
+    """What an update sees and moves that leaves out a layer of either half of the model."""
+    plan = LayerSkipPlan.parse("2,5", 8)
+    with layout(ranks, options) as (parallel, context):
+        policy, optimizer = build(parallel, context, optimizer=OPTIMIZERS["replicated"])
+        learner = learner_of(policy, optimizer, configuration())
+        rollouts, advantages = given_rollouts(context)
+        batch = learner.training_batch(rollouts).with_advantages(advantages)
+        with policy.nested(plan):
+            nested = learner.logprobs(batch)
+        before = _weights(policy)
+        update = learner.update(batch, plan)
+        names = [name for name, _ in named_parameters(policy)]
+        # A shard of the embedding may hold nothing but padding.
+        is_moved = {
+            name: not torch.equal(old, new)
+            for name, old, new in zip(names, before, _weights(policy), strict=True)
+            if "layers." in name
+        }
+        left = {name for name in is_moved if "layers.2." in name or "layers.5." in name}
+        mask = batch.response_mask
+        return {
+            "sees the nested policy": torch.equal(update.logprobs[mask], nested[mask]),
+            "moves the layers that ran, and no others": all(
+                moved != (name in left) for name, moved in is_moved.items()
+            ),
+            "leaves out a layer here": 0 < len(left) < len(is_moved),
+            "is the full policy again": not policy.plan.skipped,
+            "tells": update.metrics["actor/num_dropped_layers"] == 2,
+        }
 
 
 def reference_policy(ranks: RankInfo, options: dict[str, Any]) -> dict[str, dict[str, bool]]:

@@ -129,6 +129,27 @@ CONTRADICTIONS = [
         {"sft": {"max_skipped": 2, "optimizer": {"overlap_grad_reduce": True}}},
         "sft.optimizer.overlap_grad_reduce=true",
     ),
+    ({"train": {"max_dropped_layers": 11}}, "train: 11 layers to skip"),
+    (
+        {"train": {"max_dropped_layers": 1}, "optimizer": {"overlap_grad_reduce": True}},
+        "train.max_dropped_layers=1 with optimizer.overlap_grad_reduce=true",
+    ),
+    (
+        {"train": {"max_dropped_layers": 1}, "algorithm": {"objective": "gspo"}},
+        "algorithm.objective=gspo: the clipped ratio would compare",
+    ),
+    (
+        {
+            "train": {"max_dropped_layers": 1},
+            "nested": {"num_skipped": 2},
+            "controller": {"metric": "ess", "target": 0.9},
+        },
+        "train.max_dropped_layers=1 with controller.metric=ess",
+    ),
+    (
+        {"train": {"max_dropped_layers": 1}, "diagnostics": {"split_every": 5}},
+        "diagnostics.split_every=5: what updates leave out would be taken for staleness",
+    ),
     (
         {"algorithm": {"objective": "ppo_clip", "bypass_mode": True, "rollout_is": "base"}},
         "algorithm.rollout_is=base would count it twice",
@@ -163,6 +184,10 @@ AGREEMENTS = [
     {"parallel": {"sequence_parallel": True, "tensor_model_parallel_size": 2}},
     {"sft": {"max_skipped": 2}, "optimizer": {"overlap_grad_reduce": True}},
     {"algorithm": {"objective": "ppo_clip", "bypass_mode": True}},
+    {
+        "algorithm": {"objective": "ppo_clip", "bypass_mode": True},
+        "train": {"max_dropped_layers": 2},
+    },
     {"algorithm": {"objective": "ppo_clip", "rollout_is": "retrace"}},
     {"nested": {"num_skipped": 10}},
     {
