@@ -159,43 +159,44 @@ def difference(record: dict[str, Any], measure: str) -> str:
 
 
 def draw(arms: dict[str, Rows], output: Path, name: str) -> None:
-    """Running means over seeds of what was logged each step, and the final accuracies."""
+    """Running means over an arm's seeds of what was logged each step, and what accuracies lost."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 5, figsize=(20, 4), constrained_layout=True)
+    labels = {arm: f"{arm}, {len(rows)} seeds" for arm, rows in arms.items()}
     for axis, (key, title) in zip(axes, CURVES.items(), strict=False):
         for arm, rows in arms.items():
             curves = [row["curves"][key] for row in rows.values()]
             means = [statistics.fmean(values) for values in zip(*curves, strict=False)]
-            axis.plot(range(1, len(means) + 1), smooth(means), label=arm, linewidth=1.4)
+            axis.plot(range(1, len(means) + 1), smooth(means), label=labels[arm], linewidth=1.4)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    _accuracies(axes[-1], arms)
+    _differences(axes[-1], arms)
     output.mkdir(parents=True, exist_ok=True)
     figure.savefig(output / f"correction_study_{name}.png", dpi=90)
     pyplot.close(figure)
 
 
-def _accuracies(axis: Any, arms: dict[str, Rows]) -> None:
-    """Sampled accuracy of each arm, a line for each seed's pairs."""
+def _differences(axis: Any, arms: dict[str, Rows]) -> None:
+    """Of each arm: sampled accuracy less that of the first one, by seed; mean and 95% interval."""
     names = list(arms)
-    for seed in sorted(arms[names[0]]):
-        pairs = [
-            (place, _final(arms[arm], "sampled")[seed])
-            for place, arm in enumerate(names)
-            if seed in arms[arm]
-        ]
-        axis.plot(*zip(*pairs, strict=True), color="0.75", linewidth=0.8, marker=".")
+    base = _final(arms[names[0]], "sampled")
     for place, arm in enumerate(names):
-        mean, _ = mean_and_deviation(list(_final(arms[arm], "sampled").values()))
-        axis.plot([place - 0.25, place + 0.25], [mean, mean], linewidth=2.5)
+        values = _final(arms[arm], "sampled")
+        pairs = [values[seed] - base[seed] for seed in values.keys() & base.keys()]
+        axis.plot([place] * len(pairs), pairs, ".", color="0.7", markersize=5)
+        if len(pairs) >= LEAST_PAIRS:
+            interval = paired_interval(values, base)
+            spread = [[interval.mean - interval.low], [interval.high - interval.mean]]
+            axis.errorbar(place, interval.mean, spread, fmt="_", markersize=14, capsize=4)
+    axis.axhline(0, color="0.4", linewidth=0.8)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-    axis.set_title("sampled accuracy of the full policy at the end", fontsize=10)
+    axis.set_title(f"sampled accuracy at the end, less {names[0]} of that seed", fontsize=10)
     axis.grid(alpha=0.3)
 
 
