@@ -165,7 +165,7 @@ def draw(arms: dict[str, Rows], output: Path, name: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 5, figsize=(20, 4), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 5, figsize=(20, 4.6), constrained_layout=True)
     labels = {arm: f"{arm}, {len(rows)} seeds" for arm, rows in arms.items()}
     for axis, (key, title) in zip(axes, CURVES.items(), strict=False):
         for arm, rows in arms.items():
@@ -175,7 +175,7 @@ def draw(arms: dict[str, Rows], output: Path, name: str) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     _differences(axes[-1], arms)
     output.mkdir(parents=True, exist_ok=True)
     figure.savefig(output / f"correction_study_{name}.png", dpi=90)
@@ -196,7 +196,7 @@ def _differences(axis: Any, arms: dict[str, Rows]) -> None:
             axis.errorbar(place, interval.mean, spread, fmt="_", markersize=14, capsize=4)
     axis.axhline(0, color="0.4", linewidth=0.8)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-    axis.set_title(f"sampled accuracy at the end, less {names[0]} of that seed", fontsize=10)
+    axis.set_title(f"sampled accuracy at the end minus {names[0]}", fontsize=10)
     axis.grid(alpha=0.3)
 
 
