@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 _FEW_PLANS = 5
 """Fewer are drawn again within a few batches."""
+_FAR_OFF = 2.0
+"""A plan that costs so many times what was predicted is worth a word."""
 
 
 def load_sensitivity_law(nested: NestedConfig, policy: Policy) -> SensitivityLaw:
@@ -57,7 +59,7 @@ def load_sensitivity_law(nested: NestedConfig, policy: Policy) -> SensitivityLaw
 
 
 def _warn(law: SensitivityLaw, record: ProbeRecord, nested: NestedConfig) -> None:
-    """Of what makes the law less than it promises: chance, and the most time for the budget."""
+    """Of what makes the law less than it promises: little chance, and what the probe got wrong."""
     if law.num_plans < _FEW_PLANS:
         _log.warning(
             "sensitivity: with so few plans (%d) hardly anything changes from batch to batch; "
@@ -74,6 +76,21 @@ def _warn(law: SensitivityLaw, record: ProbeRecord, nested: NestedConfig) -> Non
             "--repeats",
             nested.sensitivity_path,
             100 * record.times.noise,
+        )
+    unseen = [plan for plan in record.plans if plan.kind == "held_out"]
+    far_off = [p.kl / p.predicted_kl for p in unseen if p.kl > _FAR_OFF * p.predicted_kl > 0]
+    if far_off:
+        _log.warning(
+            "sensitivity: %d of %d plans that tested the fit of %s cost more than %g times the KL "
+            "predicted, up to %.1f times: nested.kl_budget=%g bounds predictions, and batches with "
+            "such plans will be above it (rollout_corr/kl); lower it, or probe again with more "
+            "--calibration plans",
+            len(far_off),
+            len(unseen),
+            nested.sensitivity_path,
+            _FAR_OFF,
+            max(far_off),
+            nested.kl_budget,
         )
 
 

@@ -44,6 +44,7 @@ RECORD = cast(
             tensor_model_parallel_size=1,
         ),
         interaction=FittedInteraction(scale=0.5, exponent=1.25, spread=0.0, largest_kl=9.0),
+        plans=(),
     ),
 )
 OPTIONS = tuple(SkipOption(layer, "layer", 0.1 + 0.01 * layer, 2.0) for layer in range(8))
@@ -90,15 +91,39 @@ def test_a_run_hears_of_little_chance_and_of_times_that_are_noise(
     budget: float, noise: float, few: bool, loud: bool, monkeypatch: Any, caplog: Any
 ) -> None:
     times = RECORD.times.model_copy(update={"noise": noise})
-    record = SimpleNamespace(**{**vars(RECORD), "times": times})
-    monkeypatch.setattr(sensitivity_law, "read_sensitivity", lambda *_: record)
-    made, main = policy(), SimpleNamespace(is_main=True)
-    made.stage_of_layer, made.context = (0,) * 8, main
-    law = sensitivity_law.load_sensitivity_law(nested(kl_budget=budget, border_layers=0), made)
+    law = law_of_main({"times": times}, budget, monkeypatch)
     assert (law.num_plans < 5) == few
-    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    warned = warnings_in(caplog)
     assert any("hardly anything changes" in text for text in warned) == few
     assert any("probe.json are mostly noise" in text for text in warned) == loud
+
+
+@pytest.mark.parametrize("costs", [(), (0.05, 0.19), (0.05, 0.21, 0.8)])
+def test_a_run_hears_of_plans_that_cost_more_than_predicted(
+    costs: tuple[float, ...], monkeypatch: Any, caplog: Any
+) -> None:
+    plans = [SimpleNamespace(kind="held_out", kl=cost, predicted_kl=0.1) for cost in costs]
+    fitted = SimpleNamespace(kind="calibration", kl=9.0, predicted_kl=0.1)
+    law_of_main({"plans": (fitted, *plans)}, 0.12, monkeypatch)
+    warned = [text for text in warnings_in(caplog) if "tested the fit" in text]
+    if max(costs, default=0) < 0.2:
+        assert not warned
+    else:
+        assert "2 of 3 plans that tested the fit of probe.json" in warned[0]
+        assert "up to 8.0 times: nested.kl_budget=0.12 bounds predictions" in warned[0]
+
+
+def law_of_main(changes: dict[str, Any], budget: float, monkeypatch: Any) -> SensitivityLaw:
+    """What the process that speaks makes of a probe that differs from RECORD."""
+    record = SimpleNamespace(**{**vars(RECORD), **changes})
+    monkeypatch.setattr(sensitivity_law, "read_sensitivity", lambda *_: record)
+    made = policy()
+    made.stage_of_layer, made.context = (0,) * 8, SimpleNamespace(is_main=True)
+    return sensitivity_law.load_sensitivity_law(nested(kl_budget=budget, border_layers=0), made)
+
+
+def warnings_in(caplog: Any) -> list[str]:
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_a_budget_that_buys_nothing_is_a_users_mistake() -> None:
