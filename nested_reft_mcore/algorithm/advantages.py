@@ -51,7 +51,7 @@ def group_relative_advantages(
     size = torch.bincount(group, minlength=num_groups)
     if method == "rloo":
         others = (size - 1).clamp(min=1)
-        return (deviation * (size / others)[group]).to(rewards.dtype)
+        return (deviation * (size.double() / others)[group]).to(rewards.dtype)
     squares = _per_group(deviation.square(), group, num_groups, "sum")
     std = (squares / (size - 1).clamp(min=1)).sqrt()
     return (deviation / (std[group] + epsilon)).to(rewards.dtype)

@@ -67,6 +67,11 @@ def _check_sensitivity(config: Config) -> None:
             f"nested.law=sensitivity with nested.{name}={getattr(nested, name)}: nested.kl_budget "
             f"decides how much is skipped; leave {name} out"
         )
+    if nested.part != "layer":
+        raise UserError(
+            f"nested.law=sensitivity with nested.part={nested.part}: this law chooses among "
+            "layers, attentions and MLPs by what the probe measured; leave part out"
+        )
     for name, meaning in (
         ("sensitivity_path", "the JSON file that `nested-reft probe` writes"),
         ("kl_budget", "the predicted KL of a plan in nats per token, at most"),

@@ -167,6 +167,7 @@ def test_what_a_run_refuses(room: Path, printed: str):
         (["nested.kl_budget=null"], "nested.law=sensitivity needs nested.kl_budget"),
         (["nested.sensitivity_path=null"], "nested.law=sensitivity needs nested.sensitivity_path"),
         (["nested.num_skipped=2"], "nested.law=sensitivity with nested.num_skipped=2"),
+        (["nested.part=mlp"], "nested.law=sensitivity with nested.part=mlp: this law chooses"),
         (["nested.law=sensitive"], "`nested.law`: expected 'uniform', 'stage_balanced' or 'sens"),
         (["nested.law=uniform"], "nested.sensitivity_path is set, but only nested.law=sensitivity"),
         (["nested.protected_layers=[4]"], "nested.protected_layers: layer 4 does not exist"),
