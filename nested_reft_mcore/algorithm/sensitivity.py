@@ -210,14 +210,17 @@ class SensitivityLaw:
     @cached_property
     def pool(self) -> tuple[SkipOption, ...]:
         """The options that plans may use: neither protected nor dearer than the whole budget."""
+        return tuple(option for option in self._free if self._kl_units(option) <= KL_UNITS)
+
+    @cached_property
+    def _free(self) -> tuple[SkipOption, ...]:
+        """The options that save time and are not protected, whatever they cost."""
         inner = range(self.border_layers, self.num_layers - self.border_layers)
         allowed = frozenset(inner) - frozenset(self.protected_layers)
         return tuple(
             option
             for option in sorted(self.options, key=lambda option: (option.layer, option.part))
-            if option.layer in allowed
-            and self._kl_units(option) <= KL_UNITS
-            and self._time_units(option.seconds) > 0
+            if option.layer in allowed and self._time_units(option.seconds) > 0
         )
 
     @cached_property
@@ -347,10 +350,9 @@ class SensitivityLaw:
 
     def _why_nothing(self) -> str:
         if not self.pool:
-            free = [option for option in self.options if option.seconds > 0]
-            cheapest = min(free, key=lambda option: option.kl, default=None)
+            cheapest = min(self._free, key=lambda option: option.kl, default=None)
             least = (
-                "nothing was measured"
+                "there is none that saves time"
                 if cheapest is None
                 else (
                     f"the cheapest, {cheapest.part} of layer {cheapest.layer}, costs "

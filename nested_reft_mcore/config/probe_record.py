@@ -251,7 +251,8 @@ def check_probed_model(
         UserError: names the first difference.
     """
     probed = record.model.architecture
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    for name in (*sizes, "num_query_groups", "vocab_size"):
         found, expected = getattr(probed, name), getattr(architecture, name)
         if found != expected:
             raise UserError(

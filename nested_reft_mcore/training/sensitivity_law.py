@@ -27,8 +27,10 @@ _FAR_OFF = 2.0
 """A plan that costs so many times what was predicted is worth a word."""
 
 
-def load_sensitivity_law(nested: NestedConfig, policy: Policy) -> SensitivityLaw:
-    """Read the probe and make the law of it, for this policy's stages.
+def load_sensitivity_law(
+    nested: NestedConfig, policy: Policy, temperature: float
+) -> SensitivityLaw:
+    """Read the probe and make the law of it, for this policy's stages and rollouts.
 
     Raises:
         UserError: the file is missing or of another model, or the budget buys nothing.
@@ -54,11 +56,13 @@ def load_sensitivity_law(nested: NestedConfig, policy: Policy) -> SensitivityLaw
             nested.kl_budget,
             law.predicted_speedup(law.draw((0,))),
         )
-        _warn(law, record, nested)
+        _warn(law, record, nested, temperature)
     return law
 
 
-def _warn(law: SensitivityLaw, record: ProbeRecord, nested: NestedConfig) -> None:
+def _warn(
+    law: SensitivityLaw, record: ProbeRecord, nested: NestedConfig, temperature: float
+) -> None:
     """Of what makes the law less than it promises: little chance, and what the probe got wrong."""
     if law.num_plans < _FEW_PLANS:
         _log.warning(
@@ -68,6 +72,17 @@ def _warn(law: SensitivityLaw, record: ProbeRecord, nested: NestedConfig) -> Non
             _FEW_PLANS,
             nested.saving_tolerance,
             nested.kl_budget,
+        )
+    if record.answers.temperature != temperature:
+        _log.warning(
+            "sensitivity: the KLs in %s are at temperature %g, the rollouts at "
+            "rollout.temperature=%g: nested.kl_budget=%g does not bound what they differ by; probe "
+            "again with --temperature %g",
+            nested.sensitivity_path,
+            record.answers.temperature,
+            temperature,
+            nested.kl_budget,
+            temperature,
         )
     if record.times.is_noise:
         _log.warning(

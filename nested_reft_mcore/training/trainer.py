@@ -211,7 +211,9 @@ def skip_schedule(config: Config, policy: Policy) -> LayerSkipSchedule:
     """The plans of a run: a pure function of (seed, step), the same on every process."""
     num_layers = policy.architecture.num_layers
     is_full = config.rollout.mode == "full"
-    is_measured = config.nested.law == "sensitivity" and not is_full
+    measured = None
+    if config.nested.law == "sensitivity" and not is_full:
+        measured = load_sensitivity_law(config.nested, policy, config.rollout.temperature)
     return LayerSkipSchedule(
         law="uniform" if is_full else config.nested.law,
         num_layers=num_layers,
@@ -222,7 +224,7 @@ def skip_schedule(config: Config, policy: Policy) -> LayerSkipSchedule:
         seed=config.seed,
         stage_extra_cost=head_on_last_stage(config.nested.head_cost, policy.context.pipeline.size),
         protected_layers=config.nested.protected_layers,
-        measured=load_sensitivity_law(config.nested, policy) if is_measured else None,
+        measured=measured,
     )
 
 

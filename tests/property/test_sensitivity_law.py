@@ -261,9 +261,16 @@ def test_it_costs_less_than_uniform_at_the_same_saving():
     ("changes", "message"),
     [
         ({"kl_budget": 0.001}, "the cheapest, attention of layer 1, costs"),
+        (
+            {"kl_budget": 0.001, "protected_layers": (1,)},
+            "the cheapest, attention of layer 2, costs",
+        ),
         ({"kl_budget": 0.0}, "kl_budget must be positive"),
         ({"saving_tolerance": 1.0}, "saving_tolerance is a share"),
-        ({"border_layers": 6}, "buys no part outside of the borders"),
+        (
+            {"border_layers": 6},
+            "outside of the borders and protected layers: there is none that saves",
+        ),
         ({"stages": (0,) * 11}, "stage_of_layer needs a stage"),
         (
             {"stages": (0,) * 6 + (1,) * 6, "protected_layers": (6, 7, 8, 9, 10, 11)},

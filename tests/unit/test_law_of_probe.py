@@ -44,6 +44,7 @@ RECORD = cast(
             tensor_model_parallel_size=1,
         ),
         interaction=FittedInteraction(scale=0.5, exponent=1.25, spread=0.0, largest_kl=9.0),
+        answers=SimpleNamespace(temperature=0.7),
         plans=(),
     ),
 )
@@ -67,7 +68,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_number_arrives() -> None:
     config = nested(kl_budget=0.2, border_layers=1, protected_layers=(5,), saving_tolerance=0.4)
-    assert sensitivity_law.load_sensitivity_law(config, policy()) == SensitivityLaw(
+    assert sensitivity_law.load_sensitivity_law(config, policy(), 0.7) == SensitivityLaw(
         num_layers=8,
         options=OPTIONS,
         layer_seconds=2.0,
@@ -113,13 +114,25 @@ def test_a_run_hears_of_plans_that_cost_more_than_predicted(
         assert "up to 8.0 times: nested.kl_budget=0.12 bounds predictions" in warned[0]
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_a_run_hears_of_a_probe_at_another_temperature(
+    temperature: float, monkeypatch: Any, caplog: Any
+) -> None:
+    law_of_main({"answers": SimpleNamespace(temperature=temperature)}, 0.12, monkeypatch)
+    warned = [text for text in warnings_in(caplog) if "at temperature" in text]
+    assert len(warned) == (temperature != 0.7)
+    for text in warned:
+        assert "are at temperature 1, the rollouts at rollout.temperature=0.7" in text
+
+
 def law_of_main(changes: dict[str, Any], budget: float, monkeypatch: Any) -> SensitivityLaw:
     """What the process that speaks makes of a probe that differs from RECORD."""
     record = SimpleNamespace(**{**vars(RECORD), **changes})
     monkeypatch.setattr(sensitivity_law, "read_sensitivity", lambda *_: record)
     made = policy()
     made.stage_of_layer, made.context = (0,) * 8, SimpleNamespace(is_main=True)
-    return sensitivity_law.load_sensitivity_law(nested(kl_budget=budget, border_layers=0), made)
+    config = nested(kl_budget=budget, border_layers=0)
+    return sensitivity_law.load_sensitivity_law(config, made, 0.7)
 
 
 def warnings_in(caplog: Any) -> list[str]:
@@ -128,4 +141,4 @@ def warnings_in(caplog: Any) -> list[str]:
 
 def test_a_budget_that_buys_nothing_is_a_users_mistake() -> None:
     with pytest.raises(UserError, match=r"law=sensitivity with probe\.json: .*the cheapest, "):
-        sensitivity_law.load_sensitivity_law(nested(kl_budget=1e-4, border_layers=0), policy())
+        sensitivity_law.load_sensitivity_law(nested(kl_budget=1e-4, border_layers=0), policy(), 0.7)
