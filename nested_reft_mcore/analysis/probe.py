@@ -18,7 +18,7 @@ from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan, Part, draw_pla
 from nested_reft_mcore.algorithm.sensitivity import SensitivityLaw
 from nested_reft_mcore.analysis.decode_times import measure_decode_times
 from nested_reft_mcore.analysis.plan_meter import PlanMeter
-from nested_reft_mcore.analysis.probe_calibration import plans_near_budget
+from nested_reft_mcore.analysis.probe_calibration import plans_near_budget, plans_of_a_fair_fit
 from nested_reft_mcore.analysis.probe_compare import compare_laws
 from nested_reft_mcore.analysis.probe_plot import plot_probe
 from nested_reft_mcore.analysis.probe_report import print_probe
@@ -167,11 +167,10 @@ class Probe:
             self._calibration_plans,
             lambda plans: [found.kl for found in self._measure(plans, "calibration")],
         )
+        calibration = plans_of_a_fair_fit(calibration, partial(self._test_fit, random=tuple(plans)))
         fit, largest = self._fit(calibration, plans)
         law = self._law(options.kl_budget, fit.interaction)
-        # More are drawn than wanted: those that the fit has seen test nothing.
-        unseen = self._draw(law, 8 * options.held_out, _HELD_OUT)
-        held_out = [plan for plan in unseen if plan not in calibration][: options.held_out]
+        held_out = self._held_out(law, calibration)
         for kind, drawn in (("calibration", calibration), ("held_out", held_out)):
             found = self._measure(drawn, kind.replace("_", " "))
             plans += [
@@ -292,6 +291,23 @@ class Probe:
         if not kls:
             return InteractionFit(KlInteraction(), 0.0), self._options.kl_budget
         return fit_interaction(totals, kls), max(kls)
+
+    def _test_fit(
+        self, calibration: list[LayerSkipPlan], random: Sequence[ProbedPlan]
+    ) -> tuple[list[LayerSkipPlan], list[float]]:
+        """Plans that the fit has not seen, and how many times as much as predicted they cost."""
+        interaction = self._fit(calibration, random)[0].interaction
+        plans = self._held_out(self._law(self._options.kl_budget, interaction), calibration)
+        pairs = zip(self._measure(plans, "held out"), plans, strict=True)
+        predicted = ((found.kl, interaction.predict(self._total(plan))) for found, plan in pairs)
+        return plans, [kl / expected for kl, expected in predicted if expected > 0]
+
+    def _held_out(
+        self, law: SensitivityLaw | None, calibration: Sequence[LayerSkipPlan]
+    ) -> list[LayerSkipPlan]:
+        # More are drawn than wanted: those that the fit has seen test nothing.
+        unseen = self._draw(law, 8 * self._options.held_out, _HELD_OUT)
+        return [plan for plan in unseen if plan not in calibration][: self._options.held_out]
 
     def _law(self, kl_budget: float, interaction: KlInteraction) -> SensitivityLaw | None:
         """The law on this policy's stages; None where the budget buys nothing."""

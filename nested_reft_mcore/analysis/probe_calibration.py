@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
@@ -9,6 +10,9 @@ from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
 _WITHIN = 1 / 3
 """Share of the calibration plans that has to be within the budget itself, if any plans are."""
 _MOST_CALIBRATIONS = 5
+_TOO_DEAR = 1.5
+"""Measured / predicted, geometric mean: above it a budget would be exceeded as a rule."""
+_MOST_FITS = 4
 
 
 def plans_near_budget(
@@ -37,3 +41,25 @@ def plans_near_budget(
             break
         bound /= 4
     return plans
+
+
+def plans_of_a_fair_fit(
+    calibration: list[LayerSkipPlan],
+    test: Callable[[list[LayerSkipPlan]], tuple[list[LayerSkipPlan], list[float]]],
+) -> list[LayerSkipPlan]:
+    """Calibration plans whose fit does not promise too much where the budget ends.
+
+    A fit to plans of like sums says little elsewhere. So plans that cost clearly more than it
+    predicts join those that it is made from, and the next fit is tested on others.
+
+    Args:
+        calibration: Plans to begin with.
+        test: Plans to others, drawn by the law of their fit, and measured / predicted of each.
+    """
+    for _ in range(_MOST_FITS - 1):
+        unseen, ratios = test(calibration)
+        dear = [math.log(ratio) for ratio in ratios if ratio > 0]
+        if not dear or sum(dear) / len(dear) <= math.log(_TOO_DEAR):
+            break
+        calibration = [*calibration, *unseen]
+    return calibration

@@ -42,6 +42,12 @@ def _check_ratios(config: Config) -> None:
             "compare a policy with layers left out with the full one of before; expected "
             "objective=reinforce, or bypass_mode=true"
         )
+    if algorithm.kl_loss_coef:
+        raise UserError(
+            f"{key} with algorithm.kl_loss_coef={algorithm.kl_loss_coef:g}: the KL term would pull a "
+            "policy with layers left out toward the full-depth reference; expected kl_loss_coef=0 "
+            "(kl_reward_coef compares the full policy)"
+        )
     if config.controller.metric != "none":
         raise UserError(
             f"{key} with controller.metric={config.controller.metric}: what updates leave out "

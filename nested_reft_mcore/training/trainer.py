@@ -131,7 +131,9 @@ def _loop(
             advantages = replica_advantages(
                 rewards, left_out, config.algorithm.advantage, rollouts.group_size, run.context
             )
-            batch = batch.with_advantages(advantages).without_responses(left_out)
+            # Not before: a completion that teaches nothing still pays for its KL in its group.
+            batch = batch.with_advantages(advantages)
+            batch = batch.without_responses(collected.masked(config.algorithm))
             metrics = rollout_metrics(rollouts, scores, rewards, run.context) | collected.metrics
             split = _split_ratio(run, learner, batch, rollouts.plan)
             updates = []

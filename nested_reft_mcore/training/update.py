@@ -94,7 +94,6 @@ class Learner:
     ) -> None:
         algorithm = config.algorithm
         self._settings = objective_settings(algorithm, config.rollout.max_new_tokens)
-        self._mask_truncated = algorithm.mask_truncated
         self._needs_old_logprobs = self._settings.needs_old_logprobs or algorithm.kl_reward_coef > 0
         self._pass_options = {
             "micro_batch_size": config.train.micro_batch_size,
@@ -121,9 +120,6 @@ class Learner:
             # Sequence parallelism cuts the sequence into equal parts.
             pad_to_multiple=self._policy.context.tensor.size,
         )
-        if self._mask_truncated:
-            is_cut = [rollout.finish_reason == "length" for rollout in rollouts.rollouts]
-            batch = batch.without_responses(torch.tensor(is_cut))
         if self._needs_old_logprobs:
             with self._timers("old_log_prob"):
                 batch = batch.with_old_logprobs(self.logprobs(batch))

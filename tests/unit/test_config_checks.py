@@ -129,7 +129,7 @@ CONTRADICTIONS = [
         {"sft": {"max_skipped": 2, "optimizer": {"overlap_grad_reduce": True}}},
         "sft.optimizer.overlap_grad_reduce=true",
     ),
-    ({"train": {"max_dropped_layers": 11}}, "train: 11 layers to skip"),
+    ({"train": {"max_dropped_layers": 11}}, "train.max_dropped_layers: 11 layers to skip, but 12 layers with nested.border_layers=1"),
     (
         {"train": {"max_dropped_layers": 1}, "optimizer": {"overlap_grad_reduce": True}},
         "train.max_dropped_layers=1 with optimizer.overlap_grad_reduce=true",
@@ -145,6 +145,10 @@ CONTRADICTIONS = [
             "controller": {"metric": "ess", "target": 0.9},
         },
         "train.max_dropped_layers=1 with controller.metric=ess",
+    ),
+    (
+        {"train": {"max_dropped_layers": 1}, "algorithm": {"kl_loss_coef": 0.1}},
+        "toward the full-depth reference; expected kl_loss_coef=0",
     ),
     (
         {"train": {"max_dropped_layers": 1}, "diagnostics": {"split_every": 5}},
