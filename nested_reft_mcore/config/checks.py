@@ -172,8 +172,8 @@ def check_depth(config: Config, num_layers: int) -> None:
     controller = config.controller
     most = max(controller.min_skipped, controller.max_skipped or 0)
     _check_skippable("controller", most, num_layers, nested.border_layers, protected, "nested")
-    dropped = config.train.max_dropped_layers
-    _check_skippable("train.max_dropped_layers", dropped, num_layers, nested.border_layers, protected, "nested")
+    key, dropped = "train.max_dropped_layers", config.train.max_dropped_layers
+    _check_skippable(key, dropped, num_layers, nested.border_layers, protected, "nested")
 
 
 def check_batches(config: Config, data_parallel_size: int) -> None:

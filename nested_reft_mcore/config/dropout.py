@@ -44,9 +44,9 @@ def _check_ratios(config: Config) -> None:
         )
     if algorithm.kl_loss_coef:
         raise UserError(
-            f"{key} with algorithm.kl_loss_coef={algorithm.kl_loss_coef:g}: the KL term would pull a "
-            "policy with layers left out toward the full-depth reference; expected kl_loss_coef=0 "
-            "(kl_reward_coef compares the full policy)"
+            f"{key} with algorithm.kl_loss_coef={algorithm.kl_loss_coef:g}: the KL term would pull "
+            "a policy with layers left out toward the full-depth reference; expected "
+            "kl_loss_coef=0 (kl_reward_coef compares the full policy)"
         )
     if config.controller.metric != "none":
         raise UserError(

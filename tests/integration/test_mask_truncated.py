@@ -1,4 +1,4 @@
-"""Overlong filtering through `nested-reft train`: cut completions teach nothing, and still count."""
+"""Overlong filtering through `nested-reft train`: cut completions teach nothing, but count."""
 
 from __future__ import annotations
 

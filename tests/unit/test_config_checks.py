@@ -129,7 +129,7 @@ CONTRADICTIONS = [
         {"sft": {"max_skipped": 2, "optimizer": {"overlap_grad_reduce": True}}},
         "sft.optimizer.overlap_grad_reduce=true",
     ),
-    ({"train": {"max_dropped_layers": 11}}, "train.max_dropped_layers: 11 layers to skip, but 12 layers with nested.border_layers=1"),
+    ({"train": {"max_dropped_layers": 11}}, "train.max_dropped_layers: 11 layers to skip"),
     (
         {"train": {"max_dropped_layers": 1}, "optimizer": {"overlap_grad_reduce": True}},
         "train.max_dropped_layers=1 with optimizer.overlap_grad_reduce=true",
