@@ -6,9 +6,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+from pydantic import Field
+
+from nested_reft_mcore.config.base import Section
+from nested_reft_mcore.config.errors import UserError
+from nested_reft_mcore.config.load import section_from_dict
+from nested_reft_mcore.config.yaml_reader import read_yaml
 
 REFERENCE = "on_policy"
 """The arm that every other one of its setup is compared with."""
@@ -19,6 +24,46 @@ OUTCOME_FILE = "outcome.json"
 
 EVALUATION_FILE = "accuracy.json"
 """In a run's directory: the accuracies of its final policy, where they are measured apart."""
+
+
+Options = dict[str, Any]
+"""Options of `nested-reft`, `section.field` to value."""
+Seed = Annotated[int, Field(ge=0)]
+
+
+class SetupSection(Section):
+    """A setup, as the study file has it; `Setup` says what the fields are."""
+
+    title: str
+    task: tuple[str | int | float, ...]
+    model: Options = Field(default_factory=dict)
+    warm_up: Options = Field(default_factory=dict)
+    training: Options = Field(default_factory=dict)
+    evaluation: Options | None = None
+    probe: Options = Field(default_factory=dict)
+    warm_up_of: str | None = None
+
+
+class GridSection(Section):
+    """A grid, as the study file has it."""
+
+    name: str
+    setup: str
+    seeds: Annotated[int, Field(gt=0)] | Annotated[tuple[Seed, ...], Field(min_length=1)]
+    """So many from 0 up, or these."""
+    arms: tuple[str, ...] = Field(min_length=1)
+    exploratory: bool = False
+
+
+class StudyFile(Section):
+    """The whole file."""
+
+    config: str
+    common: Options
+    training: Options
+    setups: dict[str, SetupSection]
+    arms: dict[str, Options]
+    grids: tuple[GridSection, ...]
 
 
 @dataclass(frozen=True)
@@ -80,59 +125,79 @@ class Study:
 
 
 def load_study(path: Path, only: Sequence[str] | None = None) -> Study:
-    """Read a study file, or the grids of it that `only` names. ValueError for an unknown name."""
-    text = yaml.safe_load(path.read_text(encoding="utf-8"))
-    setups = {name: _setup(path, text, name) for name in text["setups"]}
-    grids = tuple(_grid(entry, setups, text["arms"]) for entry in text["grids"])
-    names = [grid.name for grid in grids]
+    """Read a study file, or the grids of it that `only` names.
+
+    Raises:
+        UserError: whatever is wrong with it, with file, line and key; or an unknown name.
+    """
+    file = read_yaml(path)
+    lines = {key: f"{path}:{line}" for key, line in file.lines.items()}
+    text = section_from_dict(StudyFile, file.data, str(path), lines)
+    _check_names(path, text)
+    names = [grid.name for grid in text.grids]
     for name in only or []:
         if name not in names:
-            raise ValueError(f"{path}: no grid {name!r}; expected one of {', '.join(names)}")
-    grids = tuple(grid for grid in grids if not only or grid.name in only)
+            raise UserError(f"{path}: no grid {name!r}; expected one of {', '.join(names)}")
+    setups = {name: _setup(path, text, name) for name in text.setups}
+    wanted = [grid for grid in text.grids if not only or grid.name in only]
+    grids = tuple(_grid(entry, setups) for entry in wanted)
     runs: dict[str, StudyRun] = {}
     for grid in grids:
-        for run in _runs_of(grid, setups, text["arms"]):
+        for run in _runs_of(grid, setups, text.arms):
             runs.setdefault(run.name, run)
     return Study(grids, tuple(runs.values()))
 
 
-def _setup(path: Path, text: dict[str, Any], name: str) -> Setup:
-    entry = text["setups"][name]
+def _check_names(path: Path, text: StudyFile) -> None:
+    """UserError for a name that nothing has, or that two grids have."""
+    config = path.parent / text.config
+    if not config.is_file():
+        raise UserError(f"{path}: config: {config} does not exist")
+    if not text.grids:
+        raise UserError(f"{path}: grids: there is none; expected a list with one or more")
+    if REFERENCE not in text.arms:
+        raise UserError(f"{path}: arms: no {REFERENCE!r}, which the others are compared with")
+    for name, setup in text.setups.items():
+        if setup.warm_up_of is not None and setup.warm_up_of not in text.setups:
+            raise UserError(f"{path}: setups.{name}: no setup {setup.warm_up_of!r} to start from")
+    names = [grid.name for grid in text.grids]
+    for grid in text.grids:
+        if names.count(grid.name) > 1:
+            raise UserError(f"{path}: two grids are called {grid.name!r}")
+        if grid.setup not in text.setups:
+            raise UserError(f"{path}: grid {grid.name}: no setup {grid.setup!r}")
+        for arm in grid.arms:
+            if arm not in text.arms:
+                raise UserError(f"{path}: grid {grid.name}: no arm {arm!r}")
+
+
+def _setup(path: Path, text: StudyFile, name: str) -> Setup:
+    entry = text.setups[name]
     return Setup(
         name=name,
-        title=entry["title"],
-        config=(path.parent / text["config"]).resolve(),
-        task=tuple(str(word) for word in entry["task"]),
-        warm_up={**text["common"], **entry.get("model", {}), **entry.get("warm_up", {})},
-        training={
-            **text["common"],
-            **text["training"],
-            **entry.get("model", {}),
-            **entry.get("training", {}),
-        },
-        evaluation=entry.get("evaluation"),
-        probe=entry.get("probe", {}),
-        warm_up_of=entry.get("warm_up_of", name),
+        title=entry.title,
+        config=(path.parent / text.config).resolve(),
+        task=tuple(str(word) for word in entry.task),
+        warm_up={**text.common, **entry.model, **entry.warm_up},
+        training={**text.common, **text.training, **entry.model, **entry.training},
+        evaluation=entry.evaluation,
+        probe=entry.probe,
+        warm_up_of=entry.warm_up_of or name,
     )
 
 
-def _grid(entry: dict[str, Any], setups: dict[str, Setup], arms: dict[str, Any]) -> Grid:
-    if entry["setup"] not in setups:
-        raise ValueError(f"grid {entry['name']}: no setup {entry['setup']!r}")
-    unknown = [arm for arm in entry["arms"] if arm not in arms]
-    if unknown:
-        raise ValueError(f"grid {entry['name']}: no arm {unknown[0]!r}")
-    seeds = entry["seeds"]
+def _grid(entry: GridSection, setups: dict[str, Setup]) -> Grid:
+    seeds = entry.seeds
     return Grid(
-        name=entry["name"],
-        setup=setups[entry["setup"]],
-        arms=tuple(entry["arms"]),
-        seeds=tuple(range(seeds) if isinstance(seeds, int) else seeds),
-        exploratory=bool(entry.get("exploratory", False)),
+        name=entry.name,
+        setup=setups[entry.setup],
+        arms=entry.arms,
+        seeds=tuple(range(seeds)) if isinstance(seeds, int) else seeds,
+        exploratory=entry.exploratory,
     )
 
 
-def _runs_of(grid: Grid, setups: dict[str, Setup], arms: dict[str, Any]) -> Iterator[StudyRun]:
+def _runs_of(grid: Grid, setups: dict[str, Setup], arms: dict[str, Options]) -> Iterator[StudyRun]:
     """Seed by seed, so that a study that is interrupted has whole pairs."""
     origin = setups[grid.setup.warm_up_of]
     for seed in grid.seeds:
@@ -143,12 +208,13 @@ def _runs_of(grid: Grid, setups: dict[str, Setup], arms: dict[str, Any]) -> Iter
 
 
 def read_outcome(directory: Path) -> dict[str, Any] | None:
-    """What the runner wrote when the process ended; None if it never did."""
+    """What the runner wrote when the process ended; None if it never did, or not all of it."""
     try:
         outcome = json.loads((directory / OUTCOME_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return outcome if isinstance(outcome, dict) else None
+    is_whole = isinstance(outcome, dict) and {"exit_code", "options"} <= outcome.keys()
+    return outcome if is_whole else None
 
 
 def state_of(run: StudyRun, root: Path) -> str:

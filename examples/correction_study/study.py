@@ -20,12 +20,14 @@ from plan import Study, load_study, state_of
 from results import RESULTS_DIRECTORY, collect
 from runner import Runner
 
+from nested_reft_mcore.config.errors import UserError
+
 DESCRIPTION = "Run the study of corrections, see how far it is, collect its results."
 STUDY_FILE = Path(__file__).with_name("study.yaml")
 
 
 def main() -> int:
-    """Do what the command line asks for. Returns 1 if a run is broken."""
+    """Do what the command line asks for. Returns 1 if a run is broken, 2 for a mistake."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
     parser.add_argument("action", choices=["run", "status", "collect"])
     parser.add_argument("--root", type=Path, default=Path("runs/correction_study"))
@@ -35,7 +37,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="start nothing after so long")
     parser.add_argument("--retry", action="store_true", help="also run what is broken")
     parser.add_argument("--results", type=Path, default=RESULTS_DIRECTORY)
-    arguments = parser.parse_args()
+    try:
+        return follow(parser.parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def follow(arguments: argparse.Namespace) -> int:
+    """Do the action. Returns 1 if a run is broken; raises UserError."""
     root = arguments.root.resolve()
     study = load_study(arguments.study, arguments.grid)
     if arguments.action == "status":

@@ -12,6 +12,7 @@ import yaml
 
 import nested_reft_mcore
 from nested_reft_mcore.config.checks import check_for_evaluation, check_for_training
+from nested_reft_mcore.config.errors import UserError
 from nested_reft_mcore.config.load import load_config
 
 EXAMPLE = Path(nested_reft_mcore.__file__).parents[1] / "examples" / "correction_study"
@@ -107,12 +108,42 @@ def test_runs_by_sensitivity_probe_their_own_warm_start_first(tmp_path):
     assert f'nested.sensitivity_path="{file}"' in train
 
 
-def test_study_file_with_a_wrong_name_is_refused(tmp_path):
-    file = write_study(tmp_path, [{"name": "g", "setup": "s", "seeds": 1, "arms": ["nothing"]}])
-    with pytest.raises(ValueError, match="no arm 'nothing'"):
-        load_study(file)
-    with pytest.raises(ValueError, match="no grid 'x'; expected one of main"):
-        load_study(EXAMPLE / "study.yaml", ["x"])
+GRID = {"name": "g", "setup": "s", "seeds": 1, "arms": ["one"]}
+
+
+@pytest.mark.parametrize(
+    ("grids", "message"),
+    [
+        ([GRID | {"arms": ["nothing"]}], "grid g: no arm 'nothing'"),
+        ([GRID | {"setup": "t"}], "grid g: no setup 't'"),
+        ([GRID, GRID], "two grids are called 'g'"),
+        ([GRID | {"seeds": "8"}], r"study.yaml:\d+: `grids.0.seeds"),
+        ([GRID | {"seeds": -1}], r"study.yaml:\d+: `grids.0.seeds"),
+        ([GRID | {"seeds": [0, -1]}], r"study.yaml:\d+: `grids.0.seeds"),
+        ([GRID | {"arm": ["one"]}], r"^\S+study.yaml:\d+: unknown key `grids.0.arm`; did .*`\?$"),
+        ([], "grids: there is none"),
+    ],
+)
+def test_study_file_with_a_mistake_is_refused(tmp_path, grids, message):
+    with pytest.raises(UserError, match=message):
+        load_study(write_study(tmp_path, grids))
+
+
+def test_mistakes_end_with_a_line_and_code_2(tmp_path):
+    script = EXAMPLE / "study.py"
+    file = write_study(tmp_path, [GRID])
+    (tmp_path / "config.yaml").unlink()
+    for options, message in (
+        (("--grid", "x"), "study.yaml: no grid 'x'; expected one of main, "),
+        (("--study", str(file)), "config.yaml does not exist"),
+        (("--study", str(tmp_path / "other.yaml")), "other.yaml"),
+    ):
+        words = [sys.executable, str(script), "status", "--root", str(tmp_path / "runs"), *options]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_long_stories_copy_every_change_before_its_value(tmp_path):
@@ -138,6 +169,7 @@ def test_long_stories_copy_every_change_before_its_value(tmp_path):
 
 def write_study(directory, grids, **options):
     file = directory / "study.yaml"
+    (directory / "config.yaml").touch()
     file.write_text(
         yaml.safe_dump(
             {
@@ -217,9 +249,10 @@ def test_interrupted_and_changed_runs_are_run_again(study_file, tmp_path):
     sit(study_file)
     (sit.root / "s/one/seed1" / OUTCOME_FILE).unlink()
     (sit.root / "s/on_policy/seed1" / OUTCOME_FILE).write_text('{"exit_code": 0, "opt')
+    (sit.root / "s/two/seed0" / OUTCOME_FILE).write_text("{}")
     runs = {run.name: run for run in load_study(study_file).runs}
     assert state_of(runs["s/one/seed1"], sit.root) == "interrupted"
-    assert sit(study_file)[0] == ["s/on_policy/seed1", "s/one/seed1"]
+    assert sit(study_file)[0] == ["s/on_policy/seed1", "s/one/seed1", "s/two/seed0"]
     changed = yaml.safe_load(study_file.read_text())
     changed["arms"]["two"]["a"] = 3
     study_file.write_text(yaml.safe_dump(changed))
