@@ -138,7 +138,7 @@ class Learner:
         """Take one step on `batch`, this replica's share of the global mini-batch.
 
         With layer dropout the target policy, whose log-probs and gradient these are, is the one
-        without the `dropped` layers; the others stay as they are but for the optimizer's momentum.
+        without the `dropped` layers, which move by momentum and weight decay alone.
         The loss is divided by a denominator of the global mini-batch (`loss_agg_mode`), rejected
         tokens left out. A step whose gradient is not finite is not taken.
         """
