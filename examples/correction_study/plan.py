@@ -131,8 +131,7 @@ def load_study(path: Path, only: Sequence[str] | None = None) -> Study:
         UserError: whatever is wrong with it, with file, line and key; or an unknown name.
     """
     file = read_yaml(path)
-    lines = {key: f"{path}:{line}" for key, line in file.lines.items()}
-    text = section_from_dict(StudyFile, file.data, str(path), lines)
+    text = section_from_dict(StudyFile, file.data, str(path), file.sources)
     _check_names(path, text)
     names = [grid.name for grid in text.grids]
     for name in only or []:

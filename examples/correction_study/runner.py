@@ -16,6 +16,8 @@ from typing import Any
 
 from plan import EVALUATION_FILE, OUTCOME_FILE, Setup, StudyRun, state_of
 
+from nested_reft_mcore.studies.schema import words_of
+
 MAKE_TASK = Path(__file__).resolve().parents[1] / "cpu_demo" / "make_task.py"
 OUTPUT_FILE = "output.txt"
 """In a run's directory: what its process printed."""
@@ -174,7 +176,7 @@ def commands_of(run: StudyRun, root: Path) -> list[list[str]]:
         "data.eval_path": str(task / "eval.jsonl"),
     }
     config = str(run.setup.config)
-    options = _words({**files, **run.options})
+    options = words_of({**files, **run.options})
     if run.start is None:
         commands = [["sft", config, *options]]
     else:
@@ -183,12 +185,12 @@ def commands_of(run: StudyRun, root: Path) -> list[list[str]]:
         if run.options["nested.law"] == "sensitivity":
             probe = str(directory / PROBE_FILE)
             commands.append(["probe", *start, "--output", probe, *_probe_options(run.setup, files)])
-            options += _words({"nested.sensitivity_path": probe})
+            options += words_of({"nested.sensitivity_path": probe})
         commands.append(["train", config, *start, *options])
     if run.setup.evaluation is not None:
         end = ["--checkpoint", str(directory / "checkpoints")]
         output = ["--output", str(directory / EVALUATION_FILE)]
-        apart = _words(run.setup.evaluation)
+        apart = words_of(run.setup.evaluation)
         commands.append(["evaluate", config, *end, *output, *options, *apart])
     return [[sys.executable, "-m", "nested_reft_mcore", *words] for words in commands]
 
@@ -202,7 +204,3 @@ def _probe_options(setup: Setup, files: dict[str, Any]) -> list[str]:
         **setup.probe,
     }
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
-
-
-def _words(options: dict[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in options.items()]

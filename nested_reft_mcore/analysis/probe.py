@@ -300,7 +300,7 @@ class Probe:
         plans = self._held_out(self._law(self._options.kl_budget, interaction), calibration)
         pairs = zip(self._measure(plans, "held out"), plans, strict=True)
         predicted = ((found.kl, interaction.predict(self._total(plan))) for found, plan in pairs)
-        return plans, [kl / expected for kl, expected in predicted if expected > 0]
+        return plans, [kl / expected for kl, expected in predicted if min(kl, expected) > 0]
 
     def _held_out(
         self, law: SensitivityLaw | None, calibration: Sequence[LayerSkipPlan]

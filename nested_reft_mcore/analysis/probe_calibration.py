@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable
 
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
@@ -54,12 +54,12 @@ def plans_of_a_fair_fit(
 
     Args:
         calibration: Plans to begin with.
-        test: Plans to others, drawn by the law of their fit, and measured / predicted of each.
+        test: Plans to others, drawn by the law of their fit, and measured / predicted of each of
+            which both are positive.
     """
     for _ in range(_MOST_FITS - 1):
         unseen, ratios = test(calibration)
-        dear = [math.log(ratio) for ratio in ratios if ratio > 0]
-        if not dear or sum(dear) / len(dear) <= math.log(_TOO_DEAR):
+        if not ratios or statistics.geometric_mean(ratios) <= _TOO_DEAR:
             break
         calibration = [*calibration, *unseen]
     return calibration

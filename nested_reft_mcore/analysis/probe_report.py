@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 
 from nested_reft_mcore.config.probe_record import Advice, ProbedPart, ProbeRecord
@@ -70,9 +69,9 @@ def _plan_lines(record: ProbeRecord) -> list[str]:
             f"{name:12} {plan.num_skipped:5} {plan.total_kl:8.4f} {plan.predicted_kl:9.4f} "
             f"{plan.kl:8.4f} {plan.kl_error:7.4f} {plan.speedup:7.3f}x  {plan.skipped}"
         )
-    ratios = [p.kl / p.predicted_kl for p in record.plans if p.kind == "held_out" and p.kl > 0]
+    ratios = record.held_out_ratios
     if ratios:
-        typical = math.exp(statistics.mean(map(math.log, ratios)))
+        typical = statistics.geometric_mean(ratios)
         lines.append(
             f"held-out plans: measured / predicted {typical:.2f} in the geometric mean, "
             f"{min(ratios):.2f} to {max(ratios):.2f}"

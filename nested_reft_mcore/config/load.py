@@ -38,7 +38,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         UserError: for whatever is wrong with it; all mistakes of one kind are told at once.
     """
     file = YamlFile(Path("command line"), {}, {}) if path is None else read_yaml(path)
-    sources = {key: f"{file.path}:{line}" for key, line in file.lines.items()}
+    sources = file.sources
     data = file.data
     for override in overrides:
         key, value = parse_override(override)

@@ -212,6 +212,12 @@ class ProbeRecord(Section):
     environment: dict[str, Any] = Field(default_factory=dict)
     """Machine, packages and commit."""
 
+    @property
+    def held_out_ratios(self) -> list[float]:
+        """Measured / predicted KL of the plans that test the fit, where both are positive."""
+        held_out = [plan for plan in self.plans if plan.kind == "held_out"]
+        return [p.kl / p.predicted_kl for p in held_out if min(p.kl, p.predicted_kl) > 0]
+
 
 def read_probe(path: str | Path, key: str = "nested.sensitivity_path") -> ProbeRecord:
     """Read what `nested-reft probe` wrote.

@@ -56,6 +56,11 @@ class YamlFile:
     data: dict[str, Any]
     lines: Mapping[str, int]
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """`FILE:LINE` of every dotted key."""
+        return {key: f"{self.path}:{line}" for key, line in self.lines.items()}
+
 
 def read_yaml(path: str | Path) -> YamlFile:
     """Read a file whose top level is a mapping.

@@ -207,7 +207,7 @@ def load_hardware(name: str, assumptions: Sequence[str] = ()) -> HardwareProfile
     elif Path(name).suffix in (".yaml", ".yml"):
         file = read_yaml(name)
         data, source = _with_base(file.data, name), str(file.path)
-        sources = {key: f"{file.path}:{line}" for key, line in file.lines.items()}
+        sources = file.sources
     else:
         raise UserError(
             f"--hardware {name}: no such profile; expected {', '.join(BUILT_IN)} or a YAML file"

@@ -100,6 +100,11 @@ class Rollout:
                 "log-probabilities"
             )
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether it was cut off at the longest length instead of ending itself."""
+        return self.finish_reason == "length"
+
 
 @dataclass(frozen=True)
 class RolloutStats:

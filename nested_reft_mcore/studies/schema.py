@@ -149,7 +149,7 @@ def load_study(path: Path) -> StudyFile:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """A file's keys over those of the file that it extends, and where each is set."""
     file = read_yaml(path)
-    own = {key: f"{file.path}:{line}" for key, line in file.lines.items()}
+    own = file.sources
     other = file.data.pop("extends", None)
     if other is None:
         return file.data, own
@@ -164,7 +164,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     one, more = below.data.get("overrides"), file.data.get("overrides")
     if isinstance(one, dict) and isinstance(more, dict):
         data["overrides"] = {**one, **more}
-    return data, {key: f"{below.path}:{line}" for key, line in below.lines.items()} | own
+    return data, below.sources | own
 
 
 def words_of(overrides: Mapping[str, Any]) -> list[str]:

@@ -345,7 +345,7 @@ class _Row:
             reward=verdict.reward,
             answer=answer,
             num_tokens=len(rollout.token_ids),
-            is_truncated=rollout.finish_reason == "length",
+            is_truncated=rollout.is_truncated,
             labels=prompt.labels,
         )
         line: dict[str, Any] = {

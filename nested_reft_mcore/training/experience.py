@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nested_reft_mcore.algorithm.advantages import equal_groups
 from nested_reft_mcore.algorithm.layer_skip import LayerSkipPlan
-from nested_reft_mcore.config.schema import AlgorithmConfig, Config
+from nested_reft_mcore.config.schema import Config
 from nested_reft_mcore.data.prompts import PromptSet
 from nested_reft_mcore.data.selection import build_selector
 from nested_reft_mcore.data.stream import PromptStream, shard_range
@@ -51,13 +51,10 @@ class Experience:
             return equal_groups(self.scores, self.rollouts.group_size)
         return torch.zeros(len(self.scores), dtype=torch.bool)
 
-    def masked(self, algorithm: AlgorithmConfig) -> Bool[Tensor, " batch"]:
-        """Completions whose responses teach nothing: those, and with `mask_truncated` cut ones."""
-        masked = self.left_out(algorithm.filter_groups)
-        if algorithm.mask_truncated:
-            cut = [rollout.finish_reason == "length" for rollout in self.rollouts.rollouts]
-            masked = masked | torch.tensor(cut)
-        return masked
+    @property
+    def truncated(self) -> Bool[Tensor, " batch"]:
+        """Completions that were cut off at the longest length."""
+        return torch.tensor([rollout.is_truncated for rollout in self.rollouts.rollouts])
 
 
 class ExperienceSource(Protocol):

@@ -277,7 +277,7 @@ def _item(rollout: Rollout) -> RewardItem:
         answer=prompt.answer or "",
         group=rollout.prompt_index,
         num_tokens=len(rollout.token_ids),
-        is_truncated=rollout.finish_reason == "length",
+        is_truncated=rollout.is_truncated,
         dataset=prompt.dataset,
         question=prompt.question,
         labels=dict(prompt.labels),

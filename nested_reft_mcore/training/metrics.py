@@ -77,7 +77,7 @@ def _columns(rollouts: RolloutBatch, scores: Tensor, rewards: Tensor) -> dict[st
         "rewards": rewards.tolist(),
         "response_length": [len(rollout.token_ids) for rollout in rollouts.rollouts],
         "prompt_length": [len(rollout.prompt.token_ids) for rollout in rollouts.rollouts],
-        "is_clipped": [float(r.finish_reason == "length") for r in rollouts.rollouts],
+        "is_clipped": [float(r.is_truncated) for r in rollouts.rollouts],
         "is_nan": [float(r.finish_reason == "nan") for r in rollouts.rollouts],
         "seconds": [rollouts.stats.seconds],
         "generated_tokens": [rollouts.stats.generated_tokens],

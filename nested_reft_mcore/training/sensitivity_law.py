@@ -92,8 +92,8 @@ def _warn(
             nested.sensitivity_path,
             100 * record.times.noise,
         )
-    unseen = [plan for plan in record.plans if plan.kind == "held_out"]
-    far_off = [p.kl / p.predicted_kl for p in unseen if p.kl > _FAR_OFF * p.predicted_kl > 0]
+    ratios = record.held_out_ratios
+    far_off = [ratio for ratio in ratios if ratio > _FAR_OFF]
     if far_off:
         _log.warning(
             "sensitivity: %d of %d plans that tested the fit of %s cost more than %g times the KL "
@@ -101,7 +101,7 @@ def _warn(
             "such plans will be above it (rollout_corr/kl); lower it, or probe again with more "
             "--calibration plans",
             len(far_off),
-            len(unseen),
+            len(ratios),
             nested.sensitivity_path,
             _FAR_OFF,
             max(far_off),

@@ -131,9 +131,10 @@ def _loop(
             advantages = replica_advantages(
                 rewards, left_out, config.algorithm.advantage, rollouts.group_size, run.context
             )
-            # Not before: a completion that teaches nothing still pays for its KL in its group.
-            batch = batch.with_advantages(advantages)
-            batch = batch.without_responses(collected.masked(config.algorithm))
+            batch = batch.with_advantages(advantages).without_responses(left_out)
+            if config.algorithm.mask_truncated:
+                # Not before: a completion that teaches nothing still pays for its KL in its group.
+                batch = batch.without_responses(collected.truncated)
             metrics = rollout_metrics(rollouts, scores, rewards, run.context) | collected.metrics
             split = _split_ratio(run, learner, batch, rollouts.plan)
             updates = []

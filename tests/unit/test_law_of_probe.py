@@ -14,6 +14,7 @@ from nested_reft_mcore.config.probe_record import (
     DecodeTimes,
     FittedInteraction,
     ProbedPart,
+    ProbeRecord,
 )
 from nested_reft_mcore.config.schema import NestedConfig
 from nested_reft_mcore.training import sensitivity_law
@@ -45,7 +46,7 @@ RECORD = cast(
         ),
         interaction=FittedInteraction(scale=0.5, exponent=1.25, spread=0.0, largest_kl=9.0),
         answers=SimpleNamespace(temperature=0.7),
-        plans=(),
+        held_out_ratios=[],
     ),
 )
 OPTIONS = tuple(SkipOption(layer, "layer", 0.1 + 0.01 * layer, 2.0) for layer in range(8))
@@ -105,7 +106,9 @@ def test_a_run_hears_of_plans_that_cost_more_than_predicted(
 ) -> None:
     plans = [SimpleNamespace(kind="held_out", kl=cost, predicted_kl=0.1) for cost in costs]
     fitted = SimpleNamespace(kind="calibration", kl=9.0, predicted_kl=0.1)
-    law_of_main({"plans": (fitted, *plans)}, 0.12, monkeypatch)
+    record = cast(Any, SimpleNamespace(plans=(fitted, *plans)))
+    ratios = cast(Any, ProbeRecord.held_out_ratios).fget(record)
+    law_of_main({"held_out_ratios": ratios}, 0.12, monkeypatch)
     warned = [text for text in warnings_in(caplog) if "tested the fit" in text]
     if max(costs, default=0) < 0.2:
         assert not warned
